@@ -1,0 +1,80 @@
+// The whole native interface: plain structs in, nothing of Python or PyTorch.
+//
+//   wy_factor   u (D, R)            ->  v (R, D), t (R, R)   with   H_1 ... H_R = I - vᵀ t v
+//   reflect     x (M, D), v, t      ->  y = x - (x vᵀ) m v,  m = transpose ? tᵀ : t
+//
+// hra_kernels/reference.py is the specification of each, line by line. Strides count elements. `v`, `t`, `p`, `dv` and
+// `dt` are contiguous, float64 when `dtype` is float64 and float32 otherwise. Rows of x, y and their gradients are
+// contiguous along D and may be apart by any stride along M. Pointers are checked by the bindings, not here.
+#pragma once
+
+#include <cstdint>
+
+namespace hra {
+
+enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+constexpr int64_t kMaxRank = 256;
+
+struct ReflectFwdParams {
+    void* y_ptr;           // (M, D)
+    void* p_ptr;           // (M, R) x vᵀ, or null when no gradient will want it
+    const void* x_ptr;     // (M, D)
+    const void* v_ptr;     // (R, D)
+    const void* t_ptr;     // (R, R)
+    int64_t M, D, R;
+    int64_t stride_ym, stride_xm;
+    DType dtype;           // of x and y
+    bool transpose;
+};
+
+struct ReflectBwdParams {
+    void* dx_ptr;          // (M, D), or null
+    void* dv_ptr;          // (R, D), null together with dt_ptr; then x_ptr and p_ptr are not read
+    void* dt_ptr;          // (R, R)
+    const void* dy_ptr;    // (M, D)
+    const void* x_ptr;     // (M, D)
+    const void* v_ptr;     // (R, D)
+    const void* t_ptr;     // (R, R)
+    const void* p_ptr;     // (M, R)
+    int64_t M, D, R;
+    int64_t stride_dxm, stride_dym, stride_xm;
+    DType dtype;           // of x, dy and dx
+    bool transpose;
+};
+
+struct WyFactorFwdParams {
+    void* v_ptr;           // (R, D)
+    void* t_ptr;           // (R, R)
+    const void* u_ptr;     // (D, R)
+    int64_t D, R;
+    int64_t stride_ud, stride_ur;
+    DType dtype;           // of u
+    bool apply_gs;
+};
+
+struct WyFactorBwdParams {
+    void* du_ptr;          // (D, R), contiguous, u's dtype
+    const void* dv_ptr;    // (R, D)
+    const void* dt_ptr;    // (R, R)
+    const void* u_ptr;     // (D, R)
+    const void* v_ptr;     // (R, D)
+    const void* t_ptr;     // (R, R)
+    int64_t D, R;
+    int64_t stride_ud, stride_ur;
+    DType dtype;           // of u and du
+    bool apply_gs;
+};
+
+namespace cpu {
+
+void reflect_fwd(const ReflectFwdParams& params, int num_threads);
+void reflect_bwd(const ReflectBwdParams& params, int num_threads);
+void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads);
+void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads);
+
+// The instruction set chosen for this processor: "avx512", "avx2" or "baseline".
+const char* isa();
+
+}  // namespace cpu
+}  // namespace hra

@@ -1,0 +1,376 @@
+"""The operators: schemas, autograd, and the one place that chooses a backend.
+
+    reflect(x, v, t)   y = x - (x vᵀ) m v, m = t or tᵀ        saves x, p = x vᵀ (M x R), v, t
+    wy_factor(u)       v, t of H_1 ... H_R = I - vᵀ t v        saves u, v, t
+    reflect_chain(x, us, ...)   both in one node of the graph  saves x, p, v, t, us
+
+`reflect_chain` is what layers use: the factor is an input that needs no gradient of its own, so one factor can serve
+every micro-batch between two optimiser steps while each micro-batch's graph is freed on its own.
+
+Each operator is one `torch.library` schema served by whichever backend `select_backend` names; `hra_kernels.reference`
+is the specification of all of them. Double backward, forward-mode AD, `torch.func` transforms and `torch.jit.trace`
+run the reference's plain PyTorch instead.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hra_kernels import cpu_backend, reference
+from hra_kernels.reference import factor_dtype
+
+BACKEND_VARIABLE = "HRA_BACKEND"
+MAX_RANK = 256
+"""Largest number of columns the compiled kernels take; more go to the reference."""
+
+_BACKENDS = {"reference": reference, "cpu": cpu_backend}
+_PREFERRED = {"cpu": "cpu"}
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_forced: str | None = os.environ.get(BACKEND_VARIABLE) or None
+
+
+def backend_report() -> dict[str, str | None]:
+    """Each backend's name and why it is not available here, or None where it is."""
+    return {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every operator inside the `with` block on one backend; None is the automatic choice.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+    global _forced
+    _require_available(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _require_available(name: str | None) -> None:
+    if name is None:
+        return
+    if name not in _BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {name!r}")
+    reason = _BACKENDS[name].why_unavailable()
+    if reason:
+        raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
+
+
+def select_backend(device: torch.device, dtype: torch.dtype, rank: int) -> str:
+    """The name of the backend that serves tensors of this device and dtype with this many columns.
+
+    `HRA_BACKEND` or `use_backend` overrides the choice; a backend forced by name that cannot serve the tensors raises.
+    """
+    if _forced is not None:
+        _require_available(_forced)
+        reason = _BACKENDS[_forced].why_unsupported(device, dtype, rank)
+        if reason:
+            raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
+        return _forced
+    preferred = _PREFERRED.get(device.type, "reference")
+    backend = _BACKENDS[preferred]
+    if backend.why_unavailable() or backend.why_unsupported(device, dtype, rank):
+        return "reference"
+    return preferred
+
+
+def _backend(device: torch.device, dtype: torch.dtype, rank: int):
+    return _BACKENDS[select_backend(device, dtype, rank)]
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATING:
+        allowed = "float32, float64, bfloat16 or float16"
+        raise TypeError(f"{op}: {name} must be {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def _check_u(op: str, u: Tensor) -> None:
+    _check_dtype(op, "u", u)
+    if u.dim() != 2:
+        raise ValueError(f"{op}: u must be (D, R), got shape {tuple(u.shape)}")
+
+
+def _check_reflect(op: str, x: Tensor, v: Tensor, t: Tensor) -> None:
+    _check_dtype(op, "x", x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have at least one dimension, (..., D), got a scalar")
+    if v.dim() != 2 or v.shape[1] != x.shape[-1]:
+        raise ValueError(f"{op}: v must be (R, D) with D = x.shape[-1] = {x.shape[-1]}, got shape {tuple(v.shape)}")
+    if t.shape != (v.shape[0], v.shape[0]):
+        raise ValueError(f"{op}: t must be (R, R) with R = v.shape[0] = {v.shape[0]}, got shape {tuple(t.shape)}")
+    wanted = factor_dtype(x.dtype)
+    for name, tensor in (("v", v), ("t", t)):
+        if tensor.dtype != wanted:
+            raise TypeError(f"{op}: {name} must be {wanted} for {x.dtype} x, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
+
+
+# --- schemas ----------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("hra", "DEF")
+_library.define("wy_factor_fwd(Tensor u, bool apply_gs) -> (Tensor, Tensor)")
+_library.define("wy_factor_bwd(Tensor dv, Tensor dt, Tensor u, Tensor v, Tensor t, bool apply_gs) -> Tensor")
+_library.define("reflect_fwd(Tensor x, Tensor v, Tensor t, bool transpose) -> (Tensor, Tensor)")
+_library.define("reflect_dx(Tensor dy, Tensor v, Tensor t, bool transpose) -> Tensor")
+_library.define(
+    "reflect_bwd(Tensor dy, Tensor x, Tensor v, Tensor t, Tensor p, bool transpose) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _implement(name: str, kernel, fake) -> None:
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hra::{name}", fake, lib=_library)
+
+
+def _fake_wy_factor_fwd(u, apply_gs):
+    dtype = factor_dtype(u.dtype)
+    return u.new_empty(u.shape[1], u.shape[0], dtype=dtype), u.new_empty(u.shape[1], u.shape[1], dtype=dtype)
+
+
+_implement(
+    "wy_factor_fwd",
+    lambda u, apply_gs: _backend(u.device, u.dtype, u.shape[1]).wy_factor(u, apply_gs),
+    _fake_wy_factor_fwd,
+)
+_implement(
+    "wy_factor_bwd",
+    lambda dv, dt, u, v, t, apply_gs: _backend(u.device, u.dtype, u.shape[1]).wy_factor_bwd(dv, dt, u, v, t, apply_gs),
+    lambda dv, dt, u, v, t, apply_gs: u.new_empty(u.shape),
+)
+_implement(
+    "reflect_fwd",
+    lambda x, v, t, transpose: _backend(x.device, x.dtype, v.shape[0]).reflect_fwd(x, v, t, transpose),
+    lambda x, v, t, transpose: (x.new_empty(x.shape), v.new_empty(x.shape[0], v.shape[0])),
+)
+_implement(
+    "reflect_dx",
+    lambda dy, v, t, transpose: _backend(dy.device, dy.dtype, v.shape[0]).reflect_dx(dy, v, t, transpose),
+    lambda dy, v, t, transpose: dy.new_empty(dy.shape),
+)
+_implement(
+    "reflect_bwd",
+    lambda dy, x, v, t, p, transpose: _backend(x.device, x.dtype, v.shape[0]).reflect_bwd(dy, x, v, t, p, transpose),
+    lambda dy, x, v, t, p, transpose: (dy.new_empty(dy.shape), v.new_empty(v.shape), t.new_empty(t.shape)),
+)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _wants_plain_ops() -> bool:
+    """Where an autograd.Function cannot be: torch.func transforms, forward-mode AD, torch.jit.trace."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
+
+
+def _differentiable_backward(
+    function: Callable, inputs: Sequence[Tensor], needed: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of `function(*inputs)` as a differentiable graph, for double backward."""
+    with torch.enable_grad():
+        # aliases cut the paths between inputs: one input may have been computed from another
+        inputs = [tensor.view_as(tensor) for tensor in inputs]
+        outputs = function(*inputs)
+        # a Gram-Schmidt factor's t is a constant, and a grad may be absent
+        pairs = zip(outputs, grads, strict=True)
+        used = [(output, grad) for output, grad in pairs if output.requires_grad and grad is not None]
+        wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+        found = iter(
+            torch.autograd.grad(
+                [output for output, _ in used], wanted, [grad for _, grad in used], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(found) if need else None for need in needed]
+
+
+def _wants_graph() -> bool:
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x as (M, D) with contiguous rows: a view wherever one exists."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+class _Reflect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, v, t, transpose):
+        y, p = torch.ops.hra.reflect_fwd(x, v, t, transpose)
+        ctx.transpose = transpose
+        ctx.save_for_backward(x, v, t, p)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, v, t, p = ctx.saved_tensors
+        need_dx, need_dv, need_dt, _ = ctx.needs_input_grad
+        if _wants_graph():
+            plain = lambda x, v, t: reference.reflect_fwd(x, v, t, ctx.transpose)[:1]  # noqa: E731
+            return *_differentiable_backward(plain, (x, v, t), ctx.needs_input_grad[:3], (dy,)), None
+        dy = _rows(dy)
+        if not (need_dv or need_dt):
+            return torch.ops.hra.reflect_dx(dy, v, t, ctx.transpose), None, None, None
+        dx, dv, dt = torch.ops.hra.reflect_bwd(dy, x, v, t, p, ctx.transpose)
+        return dx if need_dx else None, dv if need_dv else None, dt if need_dt else None, None
+
+
+class _WyFactor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, apply_gs):
+        v, t = torch.ops.hra.wy_factor_fwd(u, apply_gs)
+        ctx.apply_gs = apply_gs
+        ctx.save_for_backward(u, v, t)
+        return v, t
+
+    @staticmethod
+    def backward(ctx, dv, dt):
+        u, v, t = ctx.saved_tensors
+        if _wants_graph():
+            plain = lambda u: reference.wy_factor(u, ctx.apply_gs)  # noqa: E731
+            return *_differentiable_backward(plain, (u,), (True,), (dv, dt)), None
+        return torch.ops.hra.wy_factor_bwd(dv, dt, u, v, t, ctx.apply_gs), None
+
+
+class _ReflectChain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, v, t, transpose, apply_gs, *us):
+        y, p = torch.ops.hra.reflect_fwd(x, v, t, transpose)
+        ctx.transpose, ctx.apply_gs = transpose, apply_gs
+        ctx.needs_us = any(ctx.needs_input_grad[5:])
+        ctx.save_for_backward(*((x, v, t, p, *us) if ctx.needs_us else (v, t)))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
+        if not ctx.needs_us:
+            v, t = ctx.saved_tensors
+            if _wants_graph():
+                return reference.reflect_dx(dy, v, t, ctx.transpose), *[None] * (len(needed) + 3)
+            return torch.ops.hra.reflect_dx(_rows(dy), v, t, ctx.transpose), *[None] * (len(needed) + 3)
+        x, v, t, p, *us = ctx.saved_tensors
+        if _wants_graph():
+
+            def plain(x, *us):
+                return reference.reflect_fwd(x, *reference.chain_factor(us, ctx.apply_gs), ctx.transpose)[:1]
+
+            dx, *dus = _differentiable_backward(plain, (x, *us), needed, (dy,))
+            return dx, None, None, None, None, *dus
+        dx, dv, dt = torch.ops.hra.reflect_bwd(_rows(dy), x, v, t, p, ctx.transpose)
+        dus = _chain_factor_bwd(dv, dt, us, v, t, ctx.apply_gs)
+        dus = [du if need else None for du, need in zip(dus, needed[1:], strict=True)]
+        return dx if needed[0] else None, None, None, None, None, *dus
+
+
+# --- public functions -------------------------------------------------------------------------------------------------
+
+
+def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
+    """(v, t) of the chain H_1 ... H_R = I - vᵀ t v of Householder reflections along u's columns.
+
+    Args:
+        u: (D, R), float32, float64, bfloat16 or float16; columns of any scale, zero columns reflect nothing.
+        apply_gs: reflect along the Gram-Schmidt basis of u's columns instead (arXiv 2405.17484, λ = ∞).
+
+    Returns:
+        v (R, D) and t (R, R), float32 (float64 for a float64 u). Differentiable. See `reference.wy_factor`.
+
+    Raises:
+        TypeError, ValueError: u has another dtype or shape.
+    """
+    _check_u("wy_factor", u)
+    if _wants_plain_ops():
+        return reference.wy_factor(u, apply_gs)
+    return _WyFactor.apply(u, apply_gs)
+
+
+def chain_factor(us: Sequence[Tensor], apply_gs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """(v, t) of Q_1 Q_2 ... for several (D, R_i) chains, without gradient: the factor `reflect_chain` takes."""
+    for u in us:
+        _check_u("chain_factor", u)
+    with torch.no_grad():
+        factors = [torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)]
+        return reference.join_factors(factors)
+
+
+def _chain_factor_bwd(dv, dt, us, v, t, apply_gs):
+    if len(us) == 1:
+        return [torch.ops.hra.wy_factor_bwd(dv, dt, us[0], v, t, apply_gs[0])]
+    widths = [u.shape[1] for u in us]
+    parts = reference.join_factors_bwd(dv, dt, v, t, widths)
+    return [
+        torch.ops.hra.wy_factor_bwd(*part, u, *factor, gs)
+        for part, u, factor, gs in zip(parts, us, reference.split_factor(v, t, widths), apply_gs, strict=True)
+    ]
+
+
+def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
+    """y = x - (x vᵀ) m v with m = tᵀ if transpose else t: x Qᵀ or x Q for Q = I - vᵀ t v.
+
+    Args:
+        x: (..., D), float32, float64, bfloat16 or float16, on any device. Rows that are not contiguous are copied once.
+        v: (R, D), float32, or float64 for a float64 x.
+        t: (R, R), v's dtype.
+
+    Returns:
+        (..., D) in x's dtype; products accumulate in v's dtype. Differentiable in x, v and t.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device does not fit.
+    """
+    _check_reflect("reflect", x, v, t)
+    rows = _rows(x)
+    if _wants_plain_ops():
+        return reference.reflect_fwd(rows, v, t, transpose)[0].reshape(x.shape)
+    return _Reflect.apply(rows, v, t, transpose).reshape(x.shape)
+
+
+def reflect_chain(
+    x: Tensor,
+    us: Sequence[Tensor],
+    apply_gs: Sequence[bool],
+    factor: tuple[Tensor, Tensor] | None = None,
+    transpose: bool = False,
+) -> Tensor:
+    """x Q, or x Qᵀ if transpose, for Q the product of several chains; differentiable in x and every u.
+
+    Args:
+        x: (..., D), as in `reflect`.
+        us: one or more (D, R_i); all but `apply_gs` as in `wy_factor`. Q = Q_1 Q_2 ...
+        apply_gs: one flag a chain.
+        factor: `chain_factor(us, apply_gs)` where the caller kept it; it must belong to the present values of us.
+
+    Returns:
+        (..., D) in x's dtype.
+    """
+    wanted = factor_dtype(x.dtype)
+    us = [u if factor_dtype(u.dtype) == wanted else u.to(wanted) for u in us]
+    plain = _wants_plain_ops()
+    if plain:
+        factor = reference.chain_factor(us, apply_gs)
+    elif factor is None or factor[0].dtype != wanted:
+        factor = chain_factor(us, apply_gs)
+    v, t = factor
+    _check_reflect("reflect_chain", x, v, t)
+    rows = _rows(x)
+    if plain:
+        return reference.reflect_fwd(rows, v, t, transpose)[0].reshape(x.shape)
+    return _ReflectChain.apply(rows, v, t, transpose, tuple(apply_gs), *us).reshape(x.shape)
