@@ -1,11 +1,11 @@
 """The operators: schemas, autograd, and the one place that chooses a backend.
 
-    reflect(x, v, t)   y = x - (x vᵀ) m v, m = t or tᵀ        saves x, p = x vᵀ (M x R), v, t
-    wy_factor(u)       v, t of H_1 ... H_R = I - vᵀ t v        saves u, v, t
-    reflect_chain(x, us, ...)   both in one node of the graph  saves x, p, v, t, us
+    reflect(x, v, t)            y = x - (x vᵀ) m v, m = t or tᵀ      saves x, p = x vᵀ (M x R), v, t
+    wy_factor(u)                v, t of H_1 ... H_R = I - vᵀ t v     saves u, v, t
+    reflect_chain(x, us, ...)   both, for the product of chains; what layers use
 
-`reflect_chain` is what layers use: the factor is an input that needs no gradient of its own, so one factor can serve
-every micro-batch between two optimiser steps while each micro-batch's graph is freed on its own.
+`attach_factor` makes the factor's graph node from a factor computed earlier, so one factor serves every micro-batch
+between two optimiser steps while each micro-batch's graph is freed on its own.
 
 Each operator is one `torch.library` schema served by whichever backend `select_backend` names; `hra_kernels.reference`
 is the specification of all of them. Double backward, forward-mode AD, `torch.func` transforms and `torch.jit.trace`
@@ -232,52 +232,32 @@ class _Reflect(torch.autograd.Function):
         return dx if need_dx else None, dv if need_dv else None, dt if need_dt else None, None
 
 
-class _WyFactor(torch.autograd.Function):
+class _Factor(torch.autograd.Function):
+    """Ties (v, t), computed without gradient, to the us they came from: one node, however old the factor is."""
+
     @staticmethod
-    def forward(ctx, u, apply_gs):
-        v, t = torch.ops.hra.wy_factor_fwd(u, apply_gs)
+    def forward(ctx, v, t, apply_gs, *us):
         ctx.apply_gs = apply_gs
-        ctx.save_for_backward(u, v, t)
-        return v, t
+        ctx.save_for_backward(v, t, *us)
+        return v.detach(), t.detach()
 
     @staticmethod
     def backward(ctx, dv, dt):
-        u, v, t = ctx.saved_tensors
+        v, t, *us = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
         if _wants_graph():
-            plain = lambda u: reference.wy_factor(u, ctx.apply_gs)  # noqa: E731
-            return *_differentiable_backward(plain, (u,), (True,), (dv, dt)), None
-        return torch.ops.hra.wy_factor_bwd(dv, dt, u, v, t, ctx.apply_gs), None
-
-
-class _ReflectChain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, v, t, transpose, apply_gs, *us):
-        y, p = torch.ops.hra.reflect_fwd(x, v, t, transpose)
-        ctx.transpose, ctx.apply_gs = transpose, apply_gs
-        ctx.needs_us = any(ctx.needs_input_grad[5:])
-        ctx.save_for_backward(*((x, v, t, p, *us) if ctx.needs_us else (v, t)))
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
-        if not ctx.needs_us:
-            v, t = ctx.saved_tensors
-            if _wants_graph():
-                return reference.reflect_dx(dy, v, t, ctx.transpose), *[None] * (len(needed) + 3)
-            return torch.ops.hra.reflect_dx(_rows(dy), v, t, ctx.transpose), *[None] * (len(needed) + 3)
-        x, v, t, p, *us = ctx.saved_tensors
-        if _wants_graph():
-
-            def plain(x, *us):
-                return reference.reflect_fwd(x, *reference.chain_factor(us, ctx.apply_gs), ctx.transpose)[:1]
-
-            dx, *dus = _differentiable_backward(plain, (x, *us), needed, (dy,))
-            return dx, None, None, None, None, *dus
-        dx, dv, dt = torch.ops.hra.reflect_bwd(_rows(dy), x, v, t, p, ctx.transpose)
-        dus = _chain_factor_bwd(dv, dt, us, v, t, ctx.apply_gs)
-        dus = [du if need else None for du, need in zip(dus, needed[1:], strict=True)]
-        return dx if needed[0] else None, None, None, None, None, *dus
+            plain = lambda *us: reference.chain_factor(us, ctx.apply_gs)  # noqa: E731
+            return None, None, None, *_differentiable_backward(plain, us, needed, (dv, dt))
+        widths = [u.shape[1] for u in us]
+        factors, grads = [(v, t)], [(dv, dt)]
+        if len(us) > 1:
+            factors = reference.split_factor(v, t, widths)
+            grads = reference.join_factors_bwd(dv, dt, v, t, widths)
+        parts = zip(grads, us, factors, ctx.apply_gs, needed, strict=True)
+        dus = [
+            torch.ops.hra.wy_factor_bwd(*grad, u, *factor, gs) if need else None for grad, u, factor, gs, need in parts
+        ]
+        return None, None, None, *dus
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -297,29 +277,43 @@ def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
         TypeError, ValueError: u has another dtype or shape.
     """
     _check_u("wy_factor", u)
-    if _wants_plain_ops():
-        return reference.wy_factor(u, apply_gs)
-    return _WyFactor.apply(u, apply_gs)
+    return attach_factor([u], [apply_gs])
 
 
-def chain_factor(us: Sequence[Tensor], apply_gs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """(v, t) of Q_1 Q_2 ... for several (D, R_i) chains, without gradient: the factor `reflect_chain` takes."""
+def chain_factor(
+    us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(v, t) of Q_1 Q_2 ... for several chains, without gradient: what `reflect_chain` takes as `factor`.
+
+    Args:
+        us: one or more (D, R_i), as in `wy_factor`.
+        apply_gs: one flag a chain.
+        dtype: of the tensor that will be reflected; float64 makes v and t float64.
+    """
     for u in us:
         _check_u("chain_factor", u)
     with torch.no_grad():
-        factors = [torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)]
-        return reference.join_factors(factors)
+        us = _in_factor_dtype(us, dtype)
+        return reference.join_factors([torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
-def _chain_factor_bwd(dv, dt, us, v, t, apply_gs):
-    if len(us) == 1:
-        return [torch.ops.hra.wy_factor_bwd(dv, dt, us[0], v, t, apply_gs[0])]
-    widths = [u.shape[1] for u in us]
-    parts = reference.join_factors_bwd(dv, dt, v, t, widths)
-    return [
-        torch.ops.hra.wy_factor_bwd(*part, u, *factor, gs)
-        for part, u, factor, gs in zip(parts, us, reference.split_factor(v, t, widths), apply_gs, strict=True)
-    ]
+def _in_factor_dtype(us: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """us such that their factor has `dtype`'s factor dtype; only a mixture with float64 needs a conversion."""
+    wanted = factor_dtype(dtype)
+    return [u if factor_dtype(u.dtype) == wanted else u.to(wanted) for u in us]
+
+
+def attach_factor(
+    us: Sequence[Tensor], apply_gs: Sequence[bool], factor: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """`chain_factor`, differentiable in us. With `factor` given, only the graph is made: nothing is computed again."""
+    if _wants_plain_ops():
+        return reference.chain_factor(us, apply_gs)
+    if factor is None:
+        factor = chain_factor(us, apply_gs, us[0].dtype)
+    if torch.is_grad_enabled() and any(u.requires_grad for u in us):
+        return _Factor.apply(*factor, tuple(apply_gs), *us)
+    return factor
 
 
 def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
@@ -354,23 +348,11 @@ def reflect_chain(
 
     Args:
         x: (..., D), as in `reflect`.
-        us: one or more (D, R_i); all but `apply_gs` as in `wy_factor`. Q = Q_1 Q_2 ...
+        us: one or more (D, R_i), as in `wy_factor`. Q = Q_1 Q_2 ...
         apply_gs: one flag a chain.
-        factor: `chain_factor(us, apply_gs)` where the caller kept it; it must belong to the present values of us.
+        factor: `chain_factor(us, apply_gs, x.dtype)` where the caller kept it; it must belong to us as they are now.
 
     Returns:
         (..., D) in x's dtype.
     """
-    wanted = factor_dtype(x.dtype)
-    us = [u if factor_dtype(u.dtype) == wanted else u.to(wanted) for u in us]
-    plain = _wants_plain_ops()
-    if plain:
-        factor = reference.chain_factor(us, apply_gs)
-    elif factor is None or factor[0].dtype != wanted:
-        factor = chain_factor(us, apply_gs)
-    v, t = factor
-    _check_reflect("reflect_chain", x, v, t)
-    rows = _rows(x)
-    if plain:
-        return reference.reflect_fwd(rows, v, t, transpose)[0].reshape(x.shape)
-    return _ReflectChain.apply(rows, v, t, transpose, tuple(apply_gs), *us).reshape(x.shape)
+    return reflect(x, *attach_factor(_in_factor_dtype(us, x.dtype), apply_gs, factor), transpose)

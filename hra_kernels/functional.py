@@ -1,0 +1,201 @@
+"""Adapted layers as functions: a frozen weight times a chain of Householder reflections, W' = W Q.
+
+    hra_linear   y = x W'ᵀ = (x Qᵀ) Wᵀ            input side: the weight is never touched, its gradient never formed
+    hra_conv2d   y = conv(x, W) - conv1x1(conv(x, v), (W vᵀ) t)    output side, with v as R extra filters
+    hra_weight   W Q                              weight side: for merging
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hra_kernels.ops import attach_factor, reflect_chain
+from hra_kernels.reference import factor_dtype
+
+Factor = tuple[Tensor, Tensor]
+
+
+def _chains(op: str, u: Tensor | Sequence[Tensor], apply_gs: bool | Sequence[bool], features: int):
+    """us and one flag each, from one chain or several."""
+    us = [u] if isinstance(u, Tensor) else list(u)
+    flags = [apply_gs] * len(us) if isinstance(apply_gs, bool) else list(apply_gs)
+    if not us:
+        raise ValueError(f"{op}: u must be a (D, R) tensor or a non-empty sequence of them, got an empty sequence")
+    if len(flags) != len(us):
+        raise ValueError(f"{op}: apply_gs must have one flag for each of the {len(us)} chains, got {len(flags)}")
+    for one in us:
+        if one.dim() != 2 or one.shape[0] != features:
+            raise ValueError(f"{op}: u must be (D, R) with D = {features}, got shape {tuple(one.shape)}")
+    return us, flags
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x as the matrix product that follows will see it, so that the reflections move no more bytes than it does."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _check_dtypes(op: str, x: Tensor, w: Tensor) -> None:
+    if x.dtype != w.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{op}: x must have w's dtype {w.dtype} outside autocast, got {x.dtype}")
+
+
+def _check_matrix(op: str, x: Tensor, w: Tensor) -> None:
+    _check_dtypes(op, x, w)
+    if w.dim() != 2:
+        raise ValueError(f"{op}: w must be (N, D), got shape {tuple(w.shape)}")
+    if x.dim() == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"{op}: x must be (..., D) with D = w.shape[1] = {w.shape[1]}, got shape {tuple(x.shape)}")
+
+
+def hra_linear(
+    x: Tensor,
+    w: Tensor,
+    u: Tensor | Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    apply_gs: bool | Sequence[bool] = False,
+    factor: Factor | None = None,
+) -> Tensor:
+    """`F.linear(x, w @ Q, bias)` with Q = H_1 ... H_R, without forming Q or w @ Q (arXiv 2405.17484, eq. 4).
+
+    Args:
+        x: (..., D).
+        w: (N, D), x's dtype; float32, float64, bfloat16 or float16. Under autocast x is cast as `F.linear` would.
+        u: (D, R) raw vectors, or several such for Q_1 Q_2 ...; any floating dtype (float32 is what HRA trains).
+        bias: (N,).
+        apply_gs: Gram-Schmidt first; one flag, or one a chain.
+        factor: `ops.chain_factor` of u where the caller kept it.
+
+    Returns:
+        (..., N). Differentiable in x, u, bias, and in w if it asks for it. Saves x and O((M + D) R) more.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device does not fit.
+    """
+    _check_matrix("hra_linear", x, w)
+    us, flags = _chains("hra_linear", u, apply_gs, w.shape[1])
+    return F.linear(reflect_chain(_autocast(x), us, flags, factor, transpose=True), w, bias)
+
+
+def hra_weight(
+    w: Tensor,
+    u: Tensor | Sequence[Tensor],
+    *,
+    apply_gs: bool | Sequence[bool] = False,
+    factor: Factor | None = None,
+    inverse: bool = False,
+) -> Tensor:
+    """W Q, or W Qᵀ if inverse: the weight with the reflections merged into it, or taken out again.
+
+    Args:
+        w: (N, ...): everything after the first dimension is flattened to D, as HRA does for convolutions.
+        u, apply_gs, factor: as in `hra_linear`.
+
+    Returns:
+        A new tensor of w's shape and dtype; computed in float32 (float64 for float64) and rounded once.
+    """
+    if w.dim() < 2:
+        raise ValueError(f"hra_weight: w must be (N, D) or (N, C, kh, kw), got shape {tuple(w.shape)}")
+    rows = w.flatten(1)
+    us, flags = _chains("hra_weight", u, apply_gs, rows.shape[1])
+    return reflect_chain(rows, us, flags, factor, transpose=inverse).reshape(w.shape)
+
+
+def conv2d_correction(
+    x: Tensor,
+    w: Tensor,
+    factor: Factor,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """conv(x, W Q) - conv(x, W) for Q = I - vᵀ t v: R filters v, then a 1 x 1 convolution back to the N channels.
+
+    W Q - W = -(W vᵀ) t v has rank R, so this costs R / N of the layer's own convolution.
+    """
+    v, t = factor
+    filters = v.reshape(-1, *w.shape[1:])
+    back = -(w.flatten(1).to(v.dtype) @ v.mT @ t)
+    x = _autocast(x)
+    filters, back = filters.to(x.dtype), back.to(x.dtype)
+    p = _conv2d(x, filters, None, stride, padding, dilation, padding_mode)
+    return F.conv2d(p, back.reshape(*back.shape, 1, 1))
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _conv2d(x, w, bias, stride, padding, dilation, padding_mode):
+    if padding_mode != "zeros":
+        x = F.pad(x, _explicit_padding(w, padding, dilation), mode=padding_mode)
+        padding = 0
+    return F.conv2d(x, w, bias, stride, padding, dilation)
+
+
+def _explicit_padding(w: Tensor, padding: str | int | tuple[int, int], dilation: int | tuple[int, int]) -> list[int]:
+    """[left, right, top, bottom], as `nn.Conv2d` pads for the modes that `F.conv2d` does not know."""
+    if padding == "valid":
+        return [0, 0, 0, 0]
+    sides = []
+    for size, step, amount in zip(w.shape[:1:-1], _pair(dilation)[::-1], _pair_or_same(padding)[::-1], strict=True):
+        total = step * (size - 1)
+        sides += [total // 2, total - total // 2] if amount is None else [amount, amount]
+    return sides
+
+
+def _pair_or_same(padding: str | int | tuple[int, int]) -> tuple[int | None, int | None]:
+    return (None, None) if padding == "same" else _pair(padding)
+
+
+def hra_conv2d(
+    x: Tensor,
+    w: Tensor,
+    u: Tensor | Sequence[Tensor],
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: str | int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    padding_mode: str = "zeros",
+    *,
+    apply_gs: bool | Sequence[bool] = False,
+    factor: Factor | None = None,
+) -> Tensor:
+    """`F.conv2d(x, (w.flatten(1) @ Q).reshape(w.shape), bias, ...)` without forming Q or the adapted weight.
+
+    Args:
+        x: (B, C, H, W) or (C, H, W).
+        w: (N, C, kh, kw), any kernel shape; D = C kh kw.
+        u: (D, R) raw vectors, or several such.
+        bias: (N,).
+        stride, padding, dilation, padding_mode: as in `nn.Conv2d`, "same" and "valid" included.
+        groups: only 1; HRA's reflections mix all input channels.
+        apply_gs, factor: as in `hra_linear`.
+
+    Returns:
+        What the convolution returns. Differentiable in x, u, bias, and in w if it asks for it.
+
+    Raises:
+        NotImplementedError: groups > 1.
+        TypeError, ValueError: dtype, shape or device does not fit.
+    """
+    if groups != 1:
+        raise NotImplementedError(f"hra_conv2d: groups must be 1 (HRA mixes all input channels), got {groups}")
+    if w.dim() != 4:
+        raise ValueError(f"hra_conv2d: w must be (N, C, kh, kw), got shape {tuple(w.shape)}")
+    if x.dim() not in (3, 4) or x.shape[-3] != w.shape[1]:
+        raise ValueError(f"hra_conv2d: x must be (B, C, H, W) with C = {w.shape[1]}, got shape {tuple(x.shape)}")
+    _check_dtypes("hra_conv2d", x, w)
+    us, flags = _chains("hra_conv2d", u, apply_gs, w[0].numel())
+    wanted = factor_dtype(w.dtype)
+    us = [one if factor_dtype(one.dtype) == wanted else one.to(wanted) for one in us]
+    geometry = (stride, padding, dilation, padding_mode)
+    correction = conv2d_correction(x, w, attach_factor(us, flags, factor), *geometry)
+    return _conv2d(x, w, bias, *geometry) + correction
