@@ -1,0 +1,136 @@
+"""`hra-kernels env`: what is on this machine and which backends run here, as text for people or as JSON."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hra_kernels
+from hra_kernels import cpu_backend, ops
+
+PEFT_VERSIONS = ("0.19", "0.20", "0.21")
+"""Minor versions of PEFT that the drop-in is made for."""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _first_match(pattern: str, text: str) -> str | None:
+    match = re.search(pattern, text, re.MULTILINE)
+    return match.group(1).strip() if match else None
+
+
+def _cpu_name() -> str:
+    try:
+        name = _first_match(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        name = None
+    return name or platform.processor() or platform.machine()
+
+
+def _cpu_isa() -> str | None:
+    return None if cpu_backend.why_unavailable() else cpu_backend.isa()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _nvcc() -> str | None:
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        return None
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=20, check=False).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{nvcc} does not run: {error}"
+    return _first_match(r"release ([\d.]+)", said) or f"{nvcc}, version unknown"
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in properties]
+
+
+def _peft_support() -> str:
+    version = _version("peft")
+    if version is None:
+        return "not installed: pip install 'hra-kernels[peft]'"
+    if version.rsplit(".", 1)[0] not in PEFT_VERSIONS:
+        return f"not supported: expected {', '.join(PEFT_VERSIONS)}"
+    return "supported"
+
+
+def _commit() -> str | None:
+    """The git commit of the checkout this package runs from, `-dirty` with uncommitted changes; None elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    result = subprocess.run(describe, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def report() -> dict[str, Any]:
+    """Versions, processor, GPUs, and each backend with the reason why it does not run here (None where it does)."""
+    return {
+        "hra_kernels": hra_kernels.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": _usable_cores(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "cuda_of_torch": torch.version.cuda,
+        "gpus": _gpus(),
+        "nvcc": _nvcc(),
+        "triton": _version("triton"),
+        "peft": _version("peft"),
+        "peft_support": _peft_support(),
+        "transformers": _version("transformers"),
+        "backends": ops.backend_report(),
+        "cpu_isa": _cpu_isa(),
+        "forced_backend": os.environ.get(ops.BACKEND_VARIABLE) or None,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report as aligned lines."""
+
+    def installed(package: str, note: str = "") -> str:
+        return f"{found[package]}{note}" if found[package] else "not installed"
+
+    peft = installed("peft", f" ({found['peft_support']})") if found["peft"] else found["peft_support"]
+    rows = [
+        ("hra_kernels", f"{found['hra_kernels']}{', commit ' + found['commit'] if found['commit'] else ''}"),
+        ("python", f"{found['python']} ({sys.executable})"),
+        ("system", found["system"]),
+        ("processor", f"{found['cpu']}, {found['cores']} cores usable"),
+        ("torch", f"{found['torch']}, {found['torch_threads']} threads"),
+        ("GPU", "; ".join(found["gpus"]) or "none that this PyTorch can use"),
+        ("nvcc", found["nvcc"] or "not found: no CUDA kernels in a build here"),
+        ("triton", installed("triton")),
+        ("peft", peft),
+        ("transformers", installed("transformers")),
+    ]
+    for name, reason in found["backends"].items():
+        isa = f" ({found['cpu_isa']})" if name == "cpu" and not reason and found["cpu_isa"] else ""
+        rows.append((f"backend {name}", f"no: {reason}" if reason else f"yes{isa}"))
+    if found["forced_backend"]:
+        rows.append((ops.BACKEND_VARIABLE, found["forced_backend"]))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,1 @@
+"""Fine-tuning jobs from beginning to end. See `hra-kernels train --help`."""
