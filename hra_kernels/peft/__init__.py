@@ -1,0 +1,94 @@
+"""The drop-in for Hugging Face PEFT: after `enable()`, PEFT builds these layers where it would build its own for HRA.
+
+    import hra_kernels.peft
+    hra_kernels.peft.enable()
+    model = get_peft_model(model, HRAConfig(r=8, target_modules=[...]))     # nothing else changes
+
+PEFT keeps doing what PEFT does: configs, matching of target modules, adapters by name, files. Adapter files are
+interchangeable both ways, bit for bit. What PEFT does not offer for HRA either (embeddings, mixed batches, conversion
+to LoRA) is refused with an error that says so.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+try:
+    import peft
+except ImportError as error:
+    raise ImportError("hra_kernels.peft needs PEFT: pip install 'hra-kernels[peft]'") from error
+
+SUPPORTED = ("0.19", "0.20", "0.21")
+"""The PEFT releases whose HRA layers these replace; each is run through the tests."""
+
+
+def _require_supported() -> None:
+    if ".".join(peft.__version__.split(".")[:2]) not in SUPPORTED:
+        raise RuntimeError(
+            f"hra_kernels.peft: PEFT must be {', '.join(SUPPORTED)}, got {peft.__version__}. PEFT's own HRA still "
+            "works; for the kernels install one of these releases, or a newer hra-kernels."
+        )
+
+
+_require_supported()
+
+import peft.mapping  # noqa: E402
+import peft.tuners.hra.model  # noqa: E402
+
+from hra_kernels.peft.conv import HRAConv2d  # noqa: E402
+from hra_kernels.peft.layer import HRALinear  # noqa: E402
+from hra_kernels.peft.model import HRAModel  # noqa: E402
+
+__all__ = ["SUPPORTED", "HRAConv2d", "HRALinear", "HRAModel", "disable", "enable", "enabled", "is_enabled"]
+
+_HRA = peft.PeftType.HRA
+_replaced: dict[tuple[int, object], tuple[dict, object, object]] = {}
+
+# Everything that decides which classes PEFT builds. The mapping serves get_peft_model, PeftModel and, through
+# inject_adapter_in_model, transformers and diffusers; the two layer names serve a stock HRAModel that exists already;
+# the last three are where `HRAModel` is exported from.
+_REPLACEMENTS = (
+    (peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, _HRA, HRAModel),
+    (vars(peft.tuners.hra.model), "HRALinear", HRALinear),
+    (vars(peft.tuners.hra.model), "HRAConv2d", HRAConv2d),
+    (vars(peft.tuners.hra), "HRAModel", HRAModel),
+    (vars(peft.tuners), "HRAModel", HRAModel),
+    (vars(peft), "HRAModel", HRAModel),
+)
+
+
+def enable() -> None:
+    """Make PEFT build this package's HRA layers from now on. Calling it twice is harmless.
+
+    Layers that exist already stay what they are. `hra_kernels.peft.disable()` undoes it.
+
+    Raises:
+        RuntimeError: the installed PEFT is not one of `SUPPORTED` (raised at import).
+    """
+    if not _replaced:
+        for namespace, name, replacement in _REPLACEMENTS:
+            _replaced[id(namespace), name] = (namespace, name, namespace[name])
+            namespace[name] = replacement
+
+
+def disable() -> None:
+    """Make PEFT build its own HRA layers again, exactly as before `enable()`. Models built meanwhile keep working."""
+    for namespace, name, original in _replaced.values():
+        namespace[name] = original
+    _replaced.clear()
+
+
+def is_enabled() -> bool:
+    """Whether PEFT builds this package's HRA layers at present."""
+    return bool(_replaced)
+
+
+@contextmanager
+def enabled() -> Iterator[None]:
+    """`enable()` inside the `with` block, and whatever was before after it."""
+    before = is_enabled()
+    enable()
+    try:
+        yield
+    finally:
+        if not before:
+            disable()

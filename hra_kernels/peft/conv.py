@@ -1,0 +1,102 @@
+"""PEFT's HRA layer over a convolution.
+
+    y = conv(x, W Q) = base_layer(x) - conv1x1(conv(x, v), W vᵀ t)
+
+with the rows of v (R, in_channels kh kw) as R extra filters: R / out_channels of the base layer's work. A base layer
+with a forward of its own (one that pads first, say), or with hooks, runs that forward with W Q in place of its weight.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.hra.layer import HRAConv2d as PeftHRAConv2d
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hra_kernels.factor_cache import FactorCache
+from hra_kernels.functional import conv2d_correction, hra_weight
+from hra_kernels.ops import attach_factor
+from hra_kernels.peft.layer import ReflectionLayer
+from hra_kernels.reference import factor_dtype
+
+
+class HRAConv2d(ReflectionLayer, PeftHRAConv2d):
+    """PEFT's HRA layer over an `nn.Conv2d` or a subclass of it: any kernel, stride, padding, padding mode, dilation.
+
+    Arguments, attributes and parameters are those of `peft.tuners.hra.layer.HRAConv2d`; `hra_u` is
+    (in_channels kh kw, r). Grouped convolutions raise NotImplementedError, as PEFT's do.
+    """
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        self._factors = FactorCache()
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, whose releases before 0.21 forget to reject groups > 1."""
+        base = self.get_base_layer()
+        if base.groups > 1:
+            raise NotImplementedError(
+                f"HRA does not support {type(base).__name__} layers with groups > 1 (got groups={base.groups})."
+            )
+        super().update_layer(adapter_name, *args, **kwargs)
+
+    def _right_shape(self, adapter_name: str) -> None:
+        """PEFT sizes `hra_u` for a square kernel before it asks for the initial values."""
+        rows = self.in_features * self.get_base_layer().kernel_size[0] * self.get_base_layer().kernel_size[1]
+        if self.hra_u[adapter_name].shape[0] != rows:
+            self.hra_u[adapter_name] = nn.Parameter(torch.empty(rows, self.hra_r[adapter_name]))
+
+    def reset_hra_parameters(self, adapter_name: str) -> None:
+        """As `ReflectionLayer.reset_hra_parameters`, for any kernel shape."""
+        self._right_shape(adapter_name)
+        super().reset_hra_parameters(adapter_name)
+
+    def reset_hra_parameters_random(self, adapter_name: str) -> None:
+        """Independent columns, for any kernel shape."""
+        self._right_shape(adapter_name)
+        super().reset_hra_parameters_random(adapter_name)
+
+    def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        factor = self._factors.get(us, apply_gs, x.dtype)
+        if _runs_own_code(base):
+            with _loaded(base):
+                weight = hra_weight(base.weight, us, apply_gs=apply_gs, factor=factor)
+            name = next(name for name, parameter in self.base_layer.named_parameters() if parameter is base.weight)
+            return functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
+        wanted = factor_dtype(x.dtype)
+        us = [u if factor_dtype(u.dtype) == wanted else u.to(wanted) for u in us]
+        geometry = (base.stride, base.padding, base.dilation, base.padding_mode)
+        with _loaded(base):
+            correction = conv2d_correction(x, base.weight, attach_factor(us, apply_gs, factor), *geometry)
+        return self.base_layer(x, *args, **kwargs) + correction
+
+
+def _runs_own_code(base: nn.Conv2d) -> bool:
+    """Whether calling the base layer does more than `nn.Conv2d` does. accelerate's hook does not: it moves tensors."""
+    kind = type(base)
+    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+        return True
+    replaced = "forward" in vars(base) and not hasattr(base, "_hf_hook")
+    return replaced or bool(base._forward_hooks or base._forward_pre_hooks)
+
+
+@contextmanager
+def _loaded(base: nn.Conv2d) -> Iterator[None]:
+    """The weight in memory, where accelerate keeps it elsewhere between forwards."""
+    hook = getattr(base, "_hf_hook", None)
+    if hook is None or base.weight.device.type != "meta":
+        yield
+        return
+    if _runs_own_code(base):
+        raise NotImplementedError(
+            f"HRA: an offloaded {type(base).__name__} with a forward of its own is not supported; keep it loaded, or "
+            "merge the adapter first"
+        )
+    hook.pre_forward(base)
+    try:
+        yield
+    finally:
+        hook.post_forward(base, torch.empty(0))

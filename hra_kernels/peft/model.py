@@ -1,0 +1,112 @@
+"""PEFT's HRA model, building this package's layers."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.hra.layer import HRALinear as PeftHRALinear
+from peft.tuners.hra.model import HRAModel as PeftHRAModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from hra_kernels.peft.conv import HRAConv2d
+from hra_kernels.peft.layer import MIXED_BATCH, HRALinear, ReflectionLayer
+from hra_kernels.peft.merge import require_mergeable, shared_parameters
+
+_LAYERS_TAKE_CONFIG = "config" in inspect.signature(PeftHRALinear.__init__).parameters
+"""PEFT 0.20 and newer hand the whole config to a layer; 0.19 hands over its fields."""
+
+
+class HRAModel(PeftHRAModel):
+    """PEFT's `HRAModel` with this package's `HRALinear` and `HRAConv2d`; same arguments, attributes and checkpoints.
+
+    A merge of several layers is checked before the first weight changes.
+    """
+
+    def _create_and_replace(
+        self,
+        hra_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            raise NotImplementedError(
+                f"HRA cannot adapt {current_key!r}: nn.MultiheadAttention uses the weight of its {target_name} without "
+                f"calling it, so an adapter there would have no effect. Exclude it: exclude_modules=[{current_key!r}]."
+            )
+        super()._create_and_replace(
+            hra_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+        )
+        layer = getattr(parent, target_name)
+        if isinstance(layer, ReflectionLayer):
+            layer.name_in_model = current_key
+
+    @staticmethod
+    def _create_new_module(hra_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, nn.Linear | nn.Conv2d):
+            return PeftHRAModel._create_new_module(hra_config, adapter_name, target, **kwargs)  # PEFT's own error
+        if _LAYERS_TAKE_CONFIG:
+            kwargs["config"] = hra_config
+        layer_class = HRALinear if isinstance(base, nn.Linear) else HRAConv2d
+        return layer_class(target, adapter_name, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls this around forward and generate with their keyword arguments."""
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(MIXED_BATCH)
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        shared = shared_parameters(self.model)
+        for layer in self._layers():
+            names = shared.get(id(getattr(layer.get_base_layer(), "weight", None)))
+            if names:
+                raise ValueError(
+                    f"HRA cannot merge into {layer.describe()}: its weight is shared (tied) by {', '.join(names)}, "
+                    "which the merge would change too. Untie it first (load the model with tie_word_embeddings=False "
+                    "and copy the weight), or run the adapter unmerged."
+                )
+        super()._check_merge_allowed()
+
+    def _check_merge_possible(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in names if name in layer.hra_u and name not in layer.merged_adapters]
+            if names and not _is_offloaded(layer.get_base_layer()):
+                require_mergeable(layer, names)
+
+    def _layers(self) -> list[ReflectionLayer]:
+        return [module for module in self.model.modules() if isinstance(module, ReflectionLayer)]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's; all layers are checked before the first one is merged.
+
+        Raises:
+            ValueError: an `hra_u` is not finite, or a weight is tied to one that is not being merged.
+            NotImplementedError: a base weight is quantised, sharded or not loaded.
+        """
+        self._check_merge_possible(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge_possible(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+
+def _is_offloaded(base: nn.Module) -> bool:
+    """Whether accelerate keeps the weight elsewhere; PEFT loads it around each merge."""
+    return getattr(getattr(base, "_hf_hook", None), "offload", False)
