@@ -1,0 +1,144 @@
+"""Level `layer`: one adapted Linear or Conv2d, forward and backward, as it stands inside a network being trained.
+
+x requires a gradient, the base weight does not. The floor is the frozen layer alone under the same conditions.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bench import providers as catalogue
+from bench import record, shapes, timing
+from bench.accuracy import LayerCheck
+
+Progress = Callable[[str, float], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", default=["standard"], help="MxDxN, a shape's name, or a group's")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--rank", type=int, default=8)
+
+
+def make_base(shape: shapes.Shape, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The frozen layer of a shape, with PyTorch's own initial weights."""
+    torch.manual_seed(0)
+    if shape.conv:
+        conv = shape.conv
+        base = nn.Conv2d(conv.channels, conv.out_channels, conv.kernel, padding=conv.kernel // 2)
+    else:
+        base = nn.Linear(shape.D, shape.N, bias=False)
+    return base.to(device=device, dtype=dtype).requires_grad_(False)
+
+
+def make_inputs(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
+    """(x, dy) of a shape: standard normal."""
+    generator = torch.Generator().manual_seed(seed)
+    if shape.conv:
+        conv = shape.conv
+        sizes = (conv.batch, conv.channels, conv.size, conv.size), (conv.batch, conv.out_channels, conv.size, conv.size)
+    else:
+        sizes = (shape.M, shape.D), (shape.M, shape.N)
+    return tuple(torch.randn(size, generator=generator).to(device=device, dtype=dtype) for size in sizes)
+
+
+def make_u(D: int, rank: int, device: torch.device) -> Tensor:
+    """u (D, R) away from HRA's initialisation: there pairs cancel and an adapter that does nothing would be right."""
+    return torch.randn(D, rank, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def adapted(provider: catalogue.Provider, base: nn.Module, u: Tensor) -> nn.Module:
+    """The provider's layer around `base`, away from its initial state."""
+    layer = provider.build(base, u.shape[1]).to(u.device)
+    if provider.hra:
+        catalogue.set_u(layer, u)
+    else:
+        catalogue.scramble(layer, torch.Generator().manual_seed(2))
+    return layer
+
+
+def variant(layer: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> timing.Variant:
+    """Forward and backward of `layer` over the input sets."""
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    leaves = [(x.detach().requires_grad_(), dy) for x, dy in inputs]
+
+    def run(i: int) -> object:
+        x, dy = leaves[i]
+        return torch.autograd.grad(layer(x), [x, *parameters], dy)
+
+    return timing.Variant(run, timing.touch_parameters(parameters))
+
+
+def measure_case(
+    case: dict,
+    base: nn.Module,
+    inputs: list[tuple[Tensor, Tensor]],
+    u: Tensor,
+    chosen: list[catalogue.Provider],
+    seconds: float,
+    progress: Progress,
+) -> list[dict]:
+    """The rows of one case: check, memory, then interleaved rounds over all providers that passed."""
+    device, (x, dy) = u.device, inputs[0]
+    check = LayerCheck(base, x, u, dy)
+    rows, samplers, variants = {}, {}, {}
+    for k, provider in enumerate(chosen):
+        progress(f"{case['name']}: check {provider.label}", 0.5 * k / len(chosen))
+        row = rows[provider.name] = {"provider": provider.name, "label": provider.label, "why": None}
+        try:
+            layer = adapted(provider, base, u)
+            row["error"], row["why"] = check(provider, layer)
+        except catalogue.Unavailable as reason:
+            row["why"] = f"not available: {reason}"
+            continue
+        except torch.OutOfMemoryError:
+            row["why"] = "out of memory"
+            continue
+        if row["why"]:
+            row["why"] = f"wrong: {row['why']}"
+            continue
+        timed = variants[provider.name] = variant(layer, inputs)
+        row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
+        leaf = x.detach().requires_grad_()
+        known = [*layer.parameters(), *layer.buffers()]
+        row["saved_bytes"] = timing.saved_bytes(lambda layer=layer, leaf=leaf: layer(leaf), known)
+        row["saved_beyond_x_bytes"] = timing.saved_bytes(lambda layer=layer, leaf=leaf: layer(leaf), [*known, leaf])
+        samplers[provider.name] = timing.sampler(timed, device, len(inputs))
+        row["timing"] = getattr(samplers[provider.name], "method", "calls")
+    floor = catalogue.FLOOR if catalogue.FLOOR in samplers else None
+    taken = timing.interleave(
+        samplers, floor, seconds, advance=lambda done: progress(f"{case['name']}: rounds", 0.5 + 0.5 * done)
+    )
+    for name, samples in taken.items():
+        rows[name]["seconds"] = timing.summary(samples.values())
+        if floor:
+            rows[name]["ratio"] = timing.ratio_to_floor(samples, taken[floor])
+        if device.type == "cuda":
+            rows[name]["host_seconds"] = timing.host_seconds(variants[name], device)
+    return list(rows.values())
+
+
+def run(options: argparse.Namespace, progress: Progress) -> list[dict]:
+    """One run a shape."""
+    device, dtype = options.device, DTYPES[options.dtype]
+    runs = []
+    for shape in shapes.parse(options.shapes):
+        base = make_base(shape, dtype, device)
+        inputs = [make_inputs(shape, dtype, device, 0)]
+        bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in inputs[0])
+        inputs += [make_inputs(shape, dtype, device, i) for i in range(1, timing.input_sets(bytes_each, device))]
+        case = {"name": str(shape), **shape.as_dict(), "dtype": options.dtype, "rank": options.rank}
+        rows = measure_case(
+            case,
+            base,
+            inputs,
+            make_u(shape.D, options.rank, device),
+            options.providers,
+            options.seconds,
+            progress,
+        )
+        runs.append({"case": case, "meta": record.describe(device, {"seconds": options.seconds}), "rows": rows})
+    return runs

@@ -1,0 +1,122 @@
+"""Result files: what they hold, and what they say about the machine and the code.
+
+One JSON file a level in a folder a machine, `bench/results/<device>/<level>.json`:
+
+    schema  1
+    level   "op", "layer", "model", "numerics" or "scaling"
+    runs    a list, one entry a case; a case measured again replaces its entry
+      case  its name, sizes, dtype, rank, ... (what identifies it)
+      meta  commit, dirty, date, versions, device, threads, settings: see `describe`
+      rows  one a provider
+        provider, label    key and printed name
+        why                null, or why there is no time: not available here, or wrong
+        error              {tensor: relative Frobenius error against float64}
+        seconds, ratio     {median, p20, p80, rounds}; ratio is to the case's floor, round by round
+        anything else      the level's own columns (saved_bytes, peak_bytes, of_bound, per_second, ...)
+
+A run's rows were measured in one process in interleaved rounds, so they may be compared with one another. Seconds of
+two runs may not, ratios may with care.
+"""
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+SCHEMA = 1
+_PACKAGES = ("torch", "triton", "peft", "transformers", "diffusers", "torch-householder")
+
+
+def _git(*arguments: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpu() -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    found = {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0"], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return found
+    if answer.returncode == 0:
+        found |= dict(zip(query.split(","), [field.strip() for field in answer.stdout.split(",")], strict=False))
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe(device: torch.device, settings: dict) -> dict:
+    """The `meta` of a run: code, versions, machine, settings."""
+    from hra_kernels import ops
+
+    # results that are about to be committed are no reason to call the code they measure dirty
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(changed) if changed is not None else None,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "device": device.type,
+        "cpu": {"name": cpu_name(), "isa": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "gpu": _gpu() if device.type == "cuda" else None,
+        "backends": ops.backend_report(),
+        "settings": settings,
+    }
+
+
+def folder_name(device: torch.device) -> str:
+    """A folder name for this machine: cpu-<isa>-<threads>t or the GPU's name."""
+    if device.type == "cuda":
+        return "-".join(torch.cuda.get_device_name(device).lower().split())
+    return f"cpu-{torch.backends.cpu.get_cpu_capability().lower()}-{torch.get_num_threads()}t"
+
+
+def load(path: Path) -> dict:
+    """A result file's content.
+
+    Raises:
+        ValueError: the file has another schema.
+    """
+    content = json.loads(path.read_text())
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: expected schema {SCHEMA}, got {content.get('schema')!r}")
+    return content
+
+
+def save(path: Path, level: str, runs: Sequence[dict]) -> dict:
+    """Write `runs` into the file, replacing the entries of the same cases, and return its whole content."""
+    kept = load(path)["runs"] if path.exists() else []
+    fresh = [run["case"] for run in runs]
+    kept = [run for run in kept if run["case"] not in fresh]
+    content = {"schema": SCHEMA, "level": level, "runs": [*kept, *runs]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return content

@@ -1,0 +1,234 @@
+"""How time and memory are taken.
+
+Time    Every variant is warmed up, then measured in rounds: each round runs each variant once, in an order shuffled
+        anew, so that a disturbance or a slow drift of the machine hits all of them alike. A ratio is taken within each
+        round and its median reported, with the 20th and 80th percentile. Variants far slower than the rest sit out
+        most rounds, so that they do not eat the others' time; how many rounds each ran is reported.
+Inputs  are made before; parameters are touched (their version changes, their values do not) before every call, outside
+        the clock, so that nothing computed from parameters can be carried from one call to the next: each call is the
+        first micro-batch after an optimiser step.
+GPU     Several input sets, together at least twice the L2 cache, are cycled through. All of them are captured in one
+        CUDA graph; where capture fails, calls are queued behind a sleeping kernel so that the host's gaps are not
+        timed. `host_seconds` is the other number: plain calls from Python, with the host's work.
+Memory  is the peak of what the call itself allocates (on a CPU as the profiler sees PyTorch's allocator), and what
+        autograd keeps between forward and backward.
+"""
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WARM_UP_S = 0.2
+MIN_SAMPLE_S = 1e-3
+SLEEP_CYCLES = 20_000_000
+"""About 10 ms of GPU time: long enough to queue the calls of one sample behind it."""
+
+
+@dataclass
+class Variant:
+    """Something to time: `run(i)` works on input set i, `touch()` comes before it, outside the clock."""
+
+    run: Callable[[int], object]
+    touch: Callable[[], None] = lambda: None
+
+
+def touch_parameters(parameters: Iterable[Tensor]) -> Callable[[], None]:
+    """A `Variant.touch` that gives each parameter a new version and the same values."""
+    parameters = list(parameters)
+
+    def touch() -> None:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0)
+
+    return touch
+
+
+# --- clocks: turn a variant into a function that takes one sample, in seconds a call ---------------------------------
+
+
+def cpu_sampler(variant: Variant, sets: int) -> Callable[[], float]:
+    def once(i: int) -> float:
+        variant.touch()
+        start = time.perf_counter()
+        variant.run(i)
+        return time.perf_counter() - start
+
+    spent, fastest = 0.0, math.inf
+    for i in range(1000):
+        seconds = once(i % sets)
+        spent, fastest = spent + seconds, min(fastest, seconds)
+        if spent > WARM_UP_S:
+            break
+    calls = sets * max(1, math.ceil(MIN_SAMPLE_S / fastest / sets))
+    return lambda: sum(once(i % sets) for i in range(calls)) / calls
+
+
+def cuda_sampler(variant: Variant, sets: int) -> Callable[[], float]:
+    def all_sets() -> None:
+        for i in range(sets):
+            variant.run(i)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        start = time.perf_counter()
+        while time.perf_counter() - start < WARM_UP_S:
+            variant.touch()
+            all_sets()
+            torch.cuda.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
+    variant.touch()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            all_sets()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        replay, behind_sleep = all_sets, True
+    else:
+        replay, behind_sleep = graph.replay, False
+
+    def timed(passes: int) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        variant.touch()
+        torch.cuda.synchronize()
+        if behind_sleep:
+            torch.cuda._sleep(SLEEP_CYCLES)
+        begin.record()
+        for _ in range(passes):
+            replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3 / passes / sets
+
+    passes = max(1, math.ceil(MIN_SAMPLE_S / max(timed(1) * sets, 1e-7)))
+    sampler = lambda: timed(passes)  # noqa: E731
+    sampler.method = "queued" if behind_sleep else "graph"
+    return sampler
+
+
+def sampler(variant: Variant, device: torch.device, sets: int = 1) -> Callable[[], float]:
+    return (cuda_sampler if device.type == "cuda" else cpu_sampler)(variant, sets)
+
+
+def host_seconds(variant: Variant, device: torch.device, calls: int = 20) -> float:
+    """Seconds a call from Python, host overhead included, kernels overlapping with it as in a real loop."""
+    samples = []
+    for _ in range(5):
+        variant.touch()
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            variant.run(0)
+        _synchronize(device)
+        samples.append((time.perf_counter() - start) / calls)
+    return statistics.median(samples)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def input_sets(bytes_each: int, device: torch.device) -> int:
+    """How many input sets to cycle through: on a GPU enough to flush its L2, on a CPU one.
+
+    On a CPU a layer's input has just been written by the layer before it, and is as warm as the caches allow.
+    """
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(16, math.ceil(2 * cache / max(bytes_each, 1))))
+
+
+# --- rounds ------------------------------------------------------------------------------------------------------------
+
+
+def interleave(
+    samplers: dict[str, Callable[[], float]],
+    floor: str | None,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    advance: Callable[[float], None] = lambda fraction: None,
+) -> dict[str, dict[int, float]]:
+    """{name: {round: seconds}} in shuffled rounds over about `seconds`; the floor runs in every round."""
+    estimate = {}
+    for name, sample in samplers.items():
+        start = time.perf_counter()
+        sample()
+        estimate[name] = time.perf_counter() - start
+    share = seconds / len(samplers)
+    count = {name: max(min_rounds, min(max_rounds, int(share / cost))) for name, cost in estimate.items()}
+    rounds = max(count.values())
+    if floor in count:
+        count[floor] = rounds
+    order = random.Random(0)
+    taken: dict[str, dict[int, float]] = {name: {} for name in samplers}
+    for k in range(rounds):
+        # a variant with fewer rounds than the rest takes part at even distances
+        due = [name for name in samplers if (k + 1) * count[name] // rounds > k * count[name] // rounds]
+        for name in order.sample(due, len(due)):
+            taken[name][k] = samplers[name]()
+        advance((k + 1) / rounds)
+    return taken
+
+
+def summary(values: Iterable[float]) -> dict:
+    """{median, p20, p80, rounds}."""
+    values = sorted(values)
+    pick = lambda q: values[round(q * (len(values) - 1))]  # noqa: E731
+    return {"median": statistics.median(values), "p20": pick(0.2), "p80": pick(0.8), "rounds": len(values)}
+
+
+def ratio_to_floor(taken: dict[int, float], floor: dict[int, float]) -> dict:
+    """`summary` of the ratios within each round."""
+    return summary(seconds / floor[k] for k, seconds in taken.items())
+
+
+# --- memory -------------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most memory `run` holds at once on top of what was allocated before it."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    held = peak = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def saved_bytes(forward: Callable[[], object], without: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages autograd keeps for backward, without those of the tensors in `without`."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in without}
+    sizes: dict[int, int] = {}
+    kept = []  # holds every packed tensor, so that no storage is freed and its address seen twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(sizes.values())
