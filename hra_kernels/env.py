@@ -1,5 +1,6 @@
 """`hra-kernels env`: what is on this machine and which backends run here, as text for people or as JSON."""
 
+import importlib
 import os
 import platform
 import re
@@ -14,9 +15,6 @@ import torch
 
 import hra_kernels
 from hra_kernels import cpu_backend, ops
-
-PEFT_VERSIONS = ("0.19", "0.20", "0.21")
-"""Minor versions of PEFT that the drop-in is made for."""
 
 
 def _version(package: str) -> str | None:
@@ -66,11 +64,12 @@ def _gpus() -> list[str]:
 
 
 def _peft_support() -> str:
-    version = _version("peft")
-    if version is None:
+    if _version("peft") is None:
         return "not installed: pip install 'hra-kernels[peft]'"
-    if version.rsplit(".", 1)[0] not in PEFT_VERSIONS:
-        return f"not supported: expected {', '.join(PEFT_VERSIONS)}"
+    try:
+        importlib.import_module("hra_kernels.peft")
+    except Exception as error:  # whatever a foreign installation does, this report has to say it and go on
+        return f"not usable: {error}"
     return "supported"
 
 
