@@ -30,8 +30,8 @@ struct ReflectFwdParams {
 
 struct ReflectBwdParams {
     void* dx_ptr;          // (M, D), or null
-    void* dv_ptr;          // (R, D), null together with dt_ptr; then x_ptr and p_ptr are not read
-    void* dt_ptr;          // (R, R)
+    void* dv_ptr;          // (R, D), or null; x_ptr is read for it alone
+    void* dt_ptr;          // (R, R), or null; p_ptr is read for it and for dv
     const void* dy_ptr;    // (M, D)
     const void* x_ptr;     // (M, D)
     const void* v_ptr;     // (R, D)
@@ -73,8 +73,32 @@ void reflect_bwd(const ReflectBwdParams& params, int num_threads);
 void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads);
 void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads);
 
-// The instruction set chosen for this processor: "avx512", "avx2" or "baseline".
+// The instruction set in use: at first the widest that this processor has.
 const char* isa();
+// Those that this build has and this processor runs, widest first; `count` of them.
+const char* const* available_isas(int* count);
+// Uses another one from now on; false if it is not available. For tests.
+bool set_isa(const char* name);
+
+// "openmp" where the process has an OpenMP runtime (torch's), else "std::thread".
+const char* thread_pool();
 
 }  // namespace cpu
+
+// Kernels for NVIDIA GPUs from compute capability 8.0 on, for float32, bfloat16 and float16; pointers are device pointers.
+// Each call launches on `stream` (a cudaStream_t) of the current device and returns at once; nothing is allocated.
+namespace cuda {
+
+constexpr int64_t kMaxRank = 64;
+
+// 0, or what describe() puts into words.
+using Status = int;
+const char* describe(Status status);
+
+Status reflect_fwd(const ReflectFwdParams& params, void* stream);
+// `workspace`: as many bytes as asked for, 16-byte aligned, free for other use once the stream has passed.
+Status reflect_bwd_workspace_bytes(const ReflectBwdParams& params, int64_t& bytes);
+Status reflect_bwd(const ReflectBwdParams& params, void* workspace, void* stream);
+
+}  // namespace cuda
 }  // namespace hra

@@ -1,0 +1,251 @@
+// The three products that reflect is made of, as register tiles over vectors of D:
+//
+//   dot_tile     p[m, r] += x[m, :] . v[r, :]              rows x group sums, one vector of partial sums each
+//   apply_tile   y[m, :]  = x[m, :] + sum_r s[m, r] v[r, :]
+//   outer_tile   dv[r, :] += sum_m a[m, r] dy[m, :] + b[m, r] x[m, :]
+//
+// v is packed: groups of kGroup rows, within a group vector by vector with the rows side by side. A tile then streams
+// one array; rows of v a power of two apart would compete for the same few cache lines of L1. The last group is 1, 2, 4
+// or 8 wide, padded with zero rows; so is the last vector of a row of v.
+#pragma once
+
+#include "vec.h"
+
+namespace hra::cpu::HRA_ISA {
+
+// Accumulators: 3 x 8, 6 x 4 and 8 x 3 of 32 registers, 3 x 4, 6 x 2 and 4 x 3 of 16. Loads stay below the two per cycle
+// that the two multiply-adds per cycle leave room for.
+constexpr int kGroup = kManyRegisters ? 8 : 4;
+constexpr int kDotRows = 3;
+constexpr int kApplyRows = 6;
+constexpr int kApplyVecs = kManyRegisters ? 4 : 2;
+constexpr int kOuterVecs = 3;
+
+// A matrix v (R, D) in packed form, and how R and D are cut.
+template <class C>
+struct Packed {
+  const C* data;
+  int64_t R, D;
+
+  static constexpr int64_t kLane = kLanes<C>;
+  int64_t vecs() const { return (D + kLane - 1) / kLane; }
+  int64_t groups() const { return (R + kGroup - 1) / kGroup; }
+  // Rows of group g, zero rows included.
+  int64_t width(int64_t g) const {
+    const int64_t rows = R - g * kGroup;
+    return rows > 4 ? smaller(kGroup, 8) : rows > 2 ? 4 : rows;
+  }
+  const C* at(int64_t g, int64_t vec) const { return data + (g * kGroup * vecs() + vec * width(g)) * kLane; }
+  int64_t size() const { return round_up(R, kGroup) * vecs() * kLane; }
+};
+
+template <class C>
+HRA_INLINE void pack(C* to, const Packed<C>& shape, const C* v) {
+  constexpr int kLane = kLanes<C>;
+  const int64_t full = shape.D / kLane, tail = shape.D % kLane;
+  for (int64_t g = 0; g < shape.groups(); ++g) {
+    const int64_t width = shape.width(g);
+    C* panel = to + g * kGroup * shape.vecs() * kLane;
+    for (int64_t r = 0; r < width; ++r) {
+      const bool real = g * kGroup + r < shape.R;
+      const C* row = v + (g * kGroup + r) * shape.D;
+      C* out = panel + r * kLane;
+      for (int64_t k = 0; k < full; ++k, out += width * kLane) store(out, real ? load(row + k * kLane) : Vec<C>{});
+      if (tail) store(out, real ? load_first(row + full * kLane, static_cast<int>(tail)) : Vec<C>{});
+    }
+  }
+}
+
+// Adds vectors [first, last) of ROWS rows of x against G rows of v to sums[row][r]; the vector at `full`, if in the
+// range, has only `tail` elements.
+template <class T, int ROWS, int G, class C = Accumulator<T>>
+HRA_INLINE void dot_tile(Vec<C>* sums, bool fresh, const T* x, int64_t stride_xm, const C* v, int64_t first,
+                         int64_t last, int64_t full, int tail) {
+  constexpr int kLane = kLanes<C>;
+  Vec<C> acc[ROWS][G];
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < G; ++r) acc[m][r] = fresh ? Vec<C>{} : sums[m * G + r];
+
+  const int64_t end = smaller(last, full);
+  int64_t k = first;
+  for (; k < end; ++k, v += G * kLane) {
+    Vec<C> row[ROWS];
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) row[m] = load(x + m * stride_xm + k * kLane);
+#pragma GCC unroll 8
+    for (int r = 0; r < G; ++r) {
+      const Vec<C> vr = load(v + r * kLane);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m) acc[m][r] += row[m] * vr;
+    }
+  }
+  if (k < last) {
+#pragma GCC unroll 8
+    for (int m = 0; m < ROWS; ++m) {
+      const Vec<C> row = load_first(x + m * stride_xm + k * kLane, tail);
+#pragma GCC unroll 8
+      for (int r = 0; r < G; ++r) acc[m][r] += row * load(v + r * kLane);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+    for (int r = 0; r < G; ++r) sums[m * G + r] = acc[m][r];
+}
+
+// y = x + s v on VECS vectors of ROWS rows from vector k on; the last one has `tail` elements if kPartial.
+template <class T, int ROWS, int VECS, bool kPartial, class C = Accumulator<T>>
+HRA_INLINE void apply_tile(T* y, int64_t stride_ym, const T* x, int64_t stride_xm, const C* s, int64_t stride_s,
+                           const Packed<C>& v, int64_t k, int tail) {
+  constexpr int kLane = kLanes<C>;
+  Vec<C> acc[ROWS][VECS];
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; ++j) {
+      const T* from = x + m * stride_xm + (k + j) * kLane;
+      acc[m][j] = kPartial ? load_first(from, tail) : load(from);
+    }
+  for (int64_t g = 0; g < v.groups(); ++g) {
+    const int64_t width = v.width(g), rows = smaller(v.R - g * kGroup, kGroup);
+    const C* panel = v.at(g, k);
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec<C> vr[VECS];
+#pragma GCC unroll 8
+      for (int j = 0; j < VECS; ++j) vr[j] = load(panel + (j * width + r) * kLane);
+#pragma GCC unroll 8
+      for (int m = 0; m < ROWS; ++m) {
+        const Vec<C> factor = broadcast(s[m * stride_s + g * kGroup + r]);
+#pragma GCC unroll 8
+        for (int j = 0; j < VECS; ++j) acc[m][j] += factor * vr[j];
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; ++j) {
+      T* to = y + m * stride_ym + (k + j) * kLane;
+      if (kPartial)
+        store_first(to, acc[m][j], tail);
+      else
+        store(to, acc[m][j]);
+    }
+}
+
+// out[r, :] (+)= sum over rows of a[m, r] first[m, :] (+ b[m, r] second[m, :]) on VECS vectors, for G values of r. The
+// sum over the rows runs in registers; `fresh` overwrites out. Each source may have its own element type.
+template <class T, int G, int VECS, bool kPartial, bool kTwo, class C = Accumulator<T>>
+HRA_INLINE void outer_tile(C* out, int64_t stride_out, bool fresh, const C* a, const T* first, int64_t stride_first,
+                           const C* b, const T* second, int64_t stride_second, int64_t stride_ab, int64_t rows,
+                           int tail) {
+  constexpr int kLane = kLanes<C>;
+  Vec<C> acc[G][VECS] = {};
+  for (int64_t m = 0; m < rows; ++m) {
+    Vec<C> row[VECS];
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; ++j) {
+      const T* from = first + m * stride_first + j * kLane;
+      row[j] = kPartial ? load_first(from, tail) : load(from);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < G; ++r) {
+      const Vec<C> factor = broadcast(a[m * stride_ab + r]);
+#pragma GCC unroll 8
+      for (int j = 0; j < VECS; ++j) acc[r][j] += factor * row[j];
+    }
+    if (!kTwo) continue;
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; ++j) {
+      const T* from = second + m * stride_second + j * kLane;
+      row[j] = kPartial ? load_first(from, tail) : load(from);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < G; ++r) {
+      const Vec<C> factor = broadcast(b[m * stride_ab + r]);
+#pragma GCC unroll 8
+      for (int j = 0; j < VECS; ++j) acc[r][j] += factor * row[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < G; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < VECS; ++j) {
+      C* to = out + r * stride_out + j * kLane;
+      store(to, fresh ? acc[r][j] : load(to) + acc[r][j]);
+    }
+}
+
+// Lane l of the result adds, for the bit K of l, the two lanes l and l ^ K of a (bit clear) or of b (bit set).
+template <class C, int K>
+HRA_INLINE Vec<C> fold(Vec<C> a, Vec<C> b) {
+  typename VecOf<C>::index keep, swap;
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes<C>; ++l) {
+    keep[l] = (l & K) ? kLanes<C> + l : l;
+    swap[l] = (l & K) ? kLanes<C> + (l ^ K) : l ^ K;
+  }
+#if defined(__clang__)
+  Vec<C> kept, swapped;
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes<C>; ++l) {
+    kept[l] = (l & K) ? b[l] : a[l];
+    swapped[l] = (l & K) ? b[l ^ K] : a[l ^ K];
+  }
+  return kept + swapped;
+#else
+  return __builtin_shuffle(a, b, keep) + __builtin_shuffle(a, b, swap);
+#endif
+}
+
+// sums[r] of the lanes of G vectors. With G lanes or twice as many, a tree of log2(lanes) folds does all G at once.
+template <class C, int G>
+HRA_INLINE void sum_lanes(C* sums, const Vec<C>* vectors) {
+  constexpr int kLane = kLanes<C>;
+  if constexpr ((G == 8 || G == 4) && (kLane == G || kLane == 2 * G)) {
+    Vec<C> part[G];
+#pragma GCC unroll 8
+    for (int r = 0; r < G; ++r) part[r] = vectors[r];
+    if constexpr (G == 8) {
+#pragma GCC unroll 8
+      for (int r = 0; r < 4; ++r) part[r] = fold<C, kLane / 2>(part[r], part[r + 4]);
+    }
+    constexpr int kNext = G == 8 ? kLane / 4 : kLane / 2;
+    part[0] = fold<C, kNext>(part[0], part[2]);
+    part[1] = fold<C, kNext>(part[1], part[3]);
+    part[0] = fold<C, kNext / 2>(part[0], part[1]);
+    if constexpr (kLane == 2 * G) part[0] = fold<C, 1>(part[0], part[0]);
+#pragma GCC unroll 8
+    for (int r = 0; r < G; ++r) sums[r] = part[0][r * (kLane / G)];
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < G; ++r) {
+      Vec<C> part = vectors[r];
+      C sum = 0;
+#pragma GCC unroll 16
+      for (int l = 0; l < kLane; ++l) sum += part[l];
+      sums[r] = sum;
+    }
+  }
+}
+
+// out (rows, stride) = in (rows, R) times m (R, stride), whose columns beyond R are zero.
+template <class C>
+HRA_INLINE void small_product(C* out, const C* in, const C* m, int64_t rows, int64_t R, int64_t stride) {
+  constexpr int kLane = kLanes<C>;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < stride; j += kLane) {
+      Vec<C> even{}, odd{};
+      int64_t r = 0;
+      for (; r + 1 < R; r += 2) {
+        even += broadcast(in[i * stride + r]) * load(m + r * stride + j);
+        odd += broadcast(in[i * stride + r + 1]) * load(m + (r + 1) * stride + j);
+      }
+      if (r < R) even += broadcast(in[i * stride + r]) * load(m + r * stride + j);
+      store(out + i * stride + j, even + odd);
+    }
+}
+
+}  // namespace hra::cpu::HRA_ISA

@@ -1,0 +1,503 @@
+// wy_factor and its gradient (hra_kernels/reference.py spells out the algebra):
+//
+//   v (R, D)   u's columns scaled by powers of two, the second of each pair replaced by the scaled difference
+//   t (R, R)   closed form on the 2 x 2 diagonal blocks, one block column after the other above them
+//   Gram-Schmidt instead: v = l⁻¹ ûᵀ with l the Cholesky factor of ûᵀû, t = 2 on the columns it keeps
+//
+// The Gram matrix and everything of size R x R is float64, whatever u is: t does not lose the digits that near-parallel
+// columns cancel. Cost: R^2 D multiply-adds in float64 forward (half of it: the matrix is symmetric) and backward, one
+// read of u and one write of v. At D = 4096, R = 8 that is 0.13 million of each: tens of microseconds.
+#include "scratch.h"
+#include "tiles.h"
+
+namespace hra::cpu::HRA_ISA {
+namespace {
+
+constexpr double kGsRtol = 0x1p-13;            // reference.GS_RTOL
+constexpr int kSide = kManyRegisters ? 4 : 3;  // of a tile of accumulators of the Gram matrix
+constexpr int64_t kSlice = 64;                 // columns of D that the backward works on at a time
+constexpr int64_t kParallelWork = 500 * 1000;  // as in reflect.cpp
+
+template <class C>
+HRA_INLINE Vec<double> load_wide(const C* from) {
+  constexpr int kLane = kLanes<double>;
+  typedef C Narrow __attribute__((vector_size(kLane * sizeof(C))));
+  Narrow value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return __builtin_convertvector(value, Vec<double>);
+}
+
+template <class C>
+HRA_INLINE Vec<double> load_wide_first(const C* from, int64_t count) {
+  C lanes[kLanes<double>] = {};
+  std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(C));
+  return load_wide(lanes);
+}
+
+HRA_INLINE double sum(Vec<double> lanes) {
+  double total = 0;
+  for (int l = 0; l < kLanes<double>; ++l) total += lanes[l];
+  return total;
+}
+
+// The largest magnitude of a row, NaN if it has one: as integers, magnitudes are in order and NaN is the largest.
+float largest(const float* row, int64_t D) {
+  uint32_t most = 0;
+  for (int64_t d = 0; d < D; ++d) {
+    const uint32_t bits = bit_cast<uint32_t>(row[d]) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  return bit_cast<float>(most);
+}
+double largest(const double* row, int64_t D) {
+  uint64_t most = 0;
+  for (int64_t d = 0; d < D; ++d) {
+    const uint64_t bits = bit_cast<uint64_t>(row[d]) & 0x7fffffffffffffff;
+    most = bits > most ? bits : most;
+  }
+  return bit_cast<double>(most);
+}
+
+struct Exponent {
+  int value;     // 2^-value brings the norm into [1/2, 1); 0 for zero and non-finite rows
+  bool nonzero;  // at or above reference._norm_exponent's threshold, or not finite
+};
+
+template <class C>
+Exponent norm_exponent(const C* row, int64_t D) {
+  constexpr int kThreshold = sizeof(C) == sizeof(float) ? -105 : -1001;
+  constexpr int kMostAboveLargest = 40;  // |row| <= sqrt(D) max |row|
+  const double most = static_cast<double>(largest(row, D));
+  if (!(most <= static_cast<double>(sizeof(C) == sizeof(float) ? __FLT_MAX__ : __DBL_MAX__))) return {0, true};
+  int coarse, fine;
+  __builtin_frexp(most, &coarse);
+  if (most == 0 || coarse + kMostAboveLargest < kThreshold) return {0, false};
+  const Vec<double> scale = broadcast(__builtin_ldexp(1.0, -coarse));
+  Vec<double> even{}, odd{};
+  constexpr int kLane = kLanes<double>;
+  int64_t d = 0;
+  for (; d + 2 * kLane <= D; d += 2 * kLane) {
+    const Vec<double> first = load_wide(row + d) * scale, second = load_wide(row + d + kLane) * scale;
+    even += first * first;
+    odd += second * second;
+  }
+  for (; d < D; d += kLane) {
+    const Vec<double> rest = load_wide_first(row + d, smaller(kLane, D - d)) * scale;
+    even += rest * rest;
+  }
+  __builtin_frexp(__builtin_sqrt(sum(even + odd)), &fine);
+  const bool nonzero = coarse + fine >= kThreshold;
+  return {nonzero ? coarse + fine : 0, nonzero};
+}
+
+template <class C>
+void scale_row(C* row, int64_t D, int exponent) {
+  if (exponent == 0) return;
+  const double scale = __builtin_ldexp(1.0, exponent);
+  for (int64_t d = 0; d < D; ++d) row[d] = static_cast<C>(static_cast<double>(row[d]) * scale);
+}
+
+template <class T>
+HRA_INLINE Accumulator<T> to_scalar(const T* from) {
+  if constexpr (sizeof(T) == sizeof(uint16_t))
+    return load_first(from, 1)[0];
+  else
+    return *from;
+}
+
+// What the forward finds out about u and the backward needs again.
+template <class T>
+struct Columns {
+  using C = Accumulator<T>;
+  int64_t D, R;
+  const T* u;
+  int64_t stride_ud, stride_ur;
+  C* rows;             // (R, D) ûᵀ, or v when the chain takes it in pairs
+  int exponent[kMaxRank];
+  bool nonzero[kMaxRank];
+  int log_phi[kMaxRank / 2];
+
+  bool has_both(int64_t pair) const { return nonzero[2 * pair] && nonzero[2 * pair + 1]; }
+
+  void scale(int64_t r) {
+    C* row = rows + r * D;
+    if constexpr (sizeof(T) == sizeof(uint16_t)) {
+      for (int64_t d = 0; d < D; ++d) row[d] = to_scalar(u + d * stride_ud + r * stride_ur);
+    } else {
+      for (int64_t d = 0; d < D; ++d) row[d] = u[d * stride_ud + r * stride_ur];
+    }
+    const Exponent found = norm_exponent(row, D);
+    exponent[r] = found.value;
+    nonzero[r] = found.nonzero && D > 0;
+    if (nonzero[r])
+      scale_row(row, D, -exponent[r]);
+    else
+      std::memset(row, 0, static_cast<size_t>(D) * sizeof(C));
+  }
+
+  void subtract(int64_t pair) {
+    const C* first = rows + 2 * pair * D;
+    C* second = rows + (2 * pair + 1) * D;
+    if (has_both(pair))
+      for (int64_t d = 0; d < D; ++d) second[d] -= first[d];
+    log_phi[pair] = norm_exponent(second, D).value;
+    scale_row(second, D, -log_phi[pair]);
+  }
+
+  // Tasks share the pairs out.
+  void prepare(int task, int tasks, bool in_pairs) {
+    const int64_t pairs = (R + 1) / 2;
+    for (int64_t pair = pairs * task / tasks; pair < pairs * (task + 1) / tasks; ++pair) {
+      scale(2 * pair);
+      if (2 * pair + 1 == R) continue;
+      scale(2 * pair + 1);
+      if (in_pairs) subtract(pair);
+    }
+  }
+};
+
+// g (R, stride) = a bᵀ in float64 for rows [begin, end) of tiles; `symmetric` leaves out what is left of the diagonal.
+template <class C>
+void gram_rows(double* g, int64_t stride, const C* a, const C* b, int64_t R, int64_t D, int64_t i0, bool symmetric) {
+  constexpr int kLane = kLanes<double>;
+  const C *row_a[kSide], *row_b[kSide];
+  for (int i = 0; i < kSide; ++i) row_a[i] = a + smaller(i0 + i, R - 1) * D;
+  for (int64_t j0 = symmetric ? i0 : 0; j0 < R; j0 += kSide) {
+    for (int j = 0; j < kSide; ++j) row_b[j] = b + smaller(j0 + j, R - 1) * D;
+    Vec<double> acc[kSide][kSide] = {};
+    int64_t d = 0;
+    for (; d + kLane <= D; d += kLane) {
+      Vec<double> from_b[kSide];
+#pragma GCC unroll 4
+      for (int j = 0; j < kSide; ++j) from_b[j] = load_wide(row_b[j] + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i) {
+        const Vec<double> from_a = load_wide(row_a[i] + d);
+#pragma GCC unroll 4
+        for (int j = 0; j < kSide; ++j) acc[i][j] += from_a * from_b[j];
+      }
+    }
+    for (int i = 0; i < kSide && i0 + i < R; ++i)
+      for (int j = 0; j < kSide && j0 + j < R; ++j) {
+        double total = sum(acc[i][j]);
+        for (int64_t rest = d; rest < D; ++rest)
+          total += static_cast<double>(row_a[i][rest]) * static_cast<double>(row_b[j][rest]);
+        g[(i0 + i) * stride + j0 + j] = total;
+        if (symmetric) g[(j0 + j) * stride + i0 + i] = total;
+      }
+  }
+}
+
+// out (rows, kSlice) += coefficients (rows, R) times in (R, kSlice).
+HRA_INLINE void combine(double* out, const double* coefficients, int64_t stride, const double* in, int64_t rows,
+                        int64_t R) {
+  constexpr int kLane = kLanes<double>;
+  constexpr int kRows = kManyRegisters ? 4 : 2;
+  for (int64_t i = 0; i < rows; i += kRows)
+    for (int64_t d = 0; d < kSlice; d += 2 * kLane) {
+      Vec<double> acc[kRows][2];
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        acc[k][0] = load(out + (i + k) * kSlice + d);
+        acc[k][1] = load(out + (i + k) * kSlice + d + kLane);
+      }
+      for (int64_t j = 0; j < R; ++j) {
+        const Vec<double> first = load(in + j * kSlice + d), second = load(in + j * kSlice + d + kLane);
+#pragma GCC unroll 4
+        for (int k = 0; k < kRows; ++k) {
+          const Vec<double> factor = broadcast(coefficients[(i + k) * stride + j]);
+          acc[k][0] += factor * first;
+          acc[k][1] += factor * second;
+        }
+      }
+#pragma GCC unroll 4
+      for (int k = 0; k < kRows; ++k) {
+        store(out + (i + k) * kSlice + d, acc[k][0]);
+        store(out + (i + k) * kSlice + d + kLane, acc[k][1]);
+      }
+    }
+}
+
+// (R, kSlice) of a (R, D) array from column d0 on, in float64, zero beyond D.
+template <class C>
+void take_slice(double* to, const C* from, int64_t R, int64_t D, int64_t d0) {
+  const int64_t count = smaller(kSlice, D - d0);
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t d = 0; d < kSlice; ++d) to[r * kSlice + d] = d < count ? static_cast<double>(from[r * D + d0 + d]) : 0;
+}
+
+HRA_INLINE double dot(const double* a, const double* b, int64_t count) {
+  Vec<double> acc{};
+  for (int64_t k = 0; k < count; k += kLanes<double>) acc += load(a + k) * load(b + k);
+  return sum(acc);
+}
+
+// t (R, stride) of a chain from the Gram matrix of v; stride is whole vectors, zero beyond R.
+template <class T>
+void chain_t(double* t, const double* g, int64_t stride, const Columns<T>& columns, double* column) {
+  const int64_t R = columns.R;
+  std::memset(t, 0, static_cast<size_t>(R * stride) * sizeof(double));
+  for (int64_t j = 0; j < R; j += 2) {
+    const int64_t width = smaller(2, R - j);
+    double corner[2][2] = {};
+    if (width == 1) {
+      if (columns.nonzero[j]) corner[0][0] = 2 / g[j * stride + j];
+    } else {
+      const double aa = g[j * stride + j], ad = g[j * stride + j + 1], dd = g[(j + 1) * stride + j + 1];
+      const double phi = __builtin_ldexp(1.0, columns.log_phi[j / 2]);
+      if (columns.has_both(j / 2)) {
+        const double bb = aa + 2 * phi * ad + phi * phi * dd, scale = 2 / (aa * bb);
+        corner[0][0] = scale * phi * phi * dd;
+        corner[0][1] = -scale * phi * (aa + 2 * phi * ad);
+        corner[1][0] = scale * phi * aa;
+        corner[1][1] = scale * phi * phi * aa;
+      } else if (columns.nonzero[j]) {
+        corner[0][0] = 2 / aa;
+      } else if (columns.nonzero[j + 1]) {
+        corner[1][1] = 2 / dd;
+      }
+    }
+    for (int64_t c = 0; c < width; ++c) {
+      std::memset(column, 0, static_cast<size_t>(stride) * sizeof(double));
+      for (int64_t k = 0; k < j; ++k) {
+        column[k] = g[k * stride + j] * corner[0][c];
+        if (width == 2) column[k] += g[k * stride + j + 1] * corner[1][c];
+      }
+      // the rows above are read up to column j only, which this sweep does not write
+      for (int64_t i = 0; i < j; ++i) t[i * stride + j + c] = -dot(t + i * stride, column, j);
+      for (int64_t i = 0; i < width; ++i) t[(j + i) * stride + j + c] = corner[i][c];
+    }
+  }
+}
+
+// l⁻¹ (R, stride) of Gram-Schmidt from the Gram matrix of ûᵀ; a row of zeros for each column it drops.
+void gram_schmidt(double* inverse, bool* kept, const double* g, int64_t R, int64_t stride) {
+  std::memset(inverse, 0, static_cast<size_t>(R * stride) * sizeof(double));
+  for (int64_t j = 0; j < R; ++j) {
+    double* row = inverse + j * stride;
+    double residual = g[j * stride + j];
+    for (int64_t i = 0; i < j; ++i) {
+      const double overlap = dot(inverse + i * stride, g + j * stride, stride);
+      residual -= overlap * overlap;
+      for (int64_t k = 0; k < R; ++k) row[k] -= overlap * inverse[i * stride + k];
+    }
+    kept[j] = !(residual <= kGsRtol * kGsRtol * g[j * stride + j]);  // a NaN is kept, so that it shows
+    row[j] += 1;
+    const double scale = 1 / __builtin_sqrt(residual);
+    for (int64_t k = 0; k < R; ++k) row[k] = kept[j] ? row[k] * scale : 0;
+  }
+}
+
+template <class T>
+struct Factor {
+  using C = Accumulator<T>;
+  static constexpr int64_t kPadRows = 4;
+
+  Columns<T> columns;
+  bool apply_gs;
+  int tasks;
+  int64_t stride;  // of every R x R matrix
+  bool kept[kMaxRank];
+  Scratch shared, own;
+  int64_t g, t, first, second, third, slice_v, slice_dv, slice_out;
+  const WyFactorFwdParams* fwd = nullptr;
+  const WyFactorBwdParams* bwd = nullptr;
+
+  template <class Params>
+  Factor(const Params& params, bool backward, int num_threads) {
+    const int64_t D = params.D, R = params.R;
+    columns.D = D;
+    columns.R = R;
+    columns.u = static_cast<const T*>(params.u_ptr);
+    columns.stride_ud = params.stride_ud;
+    columns.stride_ur = params.stride_ur;
+    apply_gs = params.apply_gs;
+    tasks = static_cast<int>(D * R * R < kParallelWork ? 1 : num_threads);
+    stride = round_up(R, larger(8, kLanes<double>));
+    const int64_t square = round_up(R, kPadRows) * stride;
+    g = shared.add<double>(square);
+    t = shared.add<double>(square);
+    first = shared.add<double>(square);
+    second = shared.add<double>(square);
+    third = shared.add<double>(square);
+    // the chain's forward writes v in place; else ûᵀ is scratch
+    const int64_t rows = shared.add<C>(backward || apply_gs ? R * D : 0);
+    shared.allocate(1);
+    std::memset(shared.get<double>(0, g), 0, static_cast<size_t>(5 * square) * sizeof(double));
+    columns.rows = shared.get<C>(0, rows);
+    slice_v = own.add<double>(round_up(R, kPadRows) * kSlice);
+    slice_dv = own.add<double>(round_up(R, kPadRows) * kSlice);
+    slice_out = own.add<double>(round_up(R, kPadRows) * kSlice);
+    own.allocate(tasks);
+  }
+
+  double* matrix(int64_t offset) const { return shared.get<double>(0, offset); }
+
+  void gram(int task, const C* a, const C* b, bool symmetric) const {
+    // tiles are dealt out one by one: above the diagonal their rows differ in length
+    for (int64_t i = task * kSide; i < columns.R; i += tasks * kSide)
+      gram_rows(matrix(g), stride, a, b, columns.R, columns.D, i, symmetric);
+  }
+
+  struct Slices {
+    int64_t begin, end;
+  };
+  Slices slices_of(int task) const {
+    const int64_t slices = (columns.D + kSlice - 1) / kSlice;
+    return {slices * task / tasks * kSlice, smaller(columns.D, slices * (task + 1) / tasks * kSlice)};
+  }
+
+  // v = l⁻¹ ûᵀ
+  void orthonormal_rows(int task) const {
+    const int64_t D = columns.D, R = columns.R;
+    double* const in = own.get<double>(task, slice_v);
+    double* const out = own.get<double>(task, slice_out);
+    const Slices range = slices_of(task);
+    for (int64_t d0 = range.begin; d0 < range.end; d0 += kSlice) {
+      take_slice(in, columns.rows, R, D, d0);
+      std::memset(out, 0, static_cast<size_t>(round_up(R, kPadRows) * kSlice) * sizeof(double));
+      combine(out, matrix(first), stride, in, R, R);
+      for (int64_t r = 0; r < R; ++r)
+        for (int64_t d = 0; d < smaller(kSlice, D - d0); ++d)
+          static_cast<C*>(fwd->v_ptr)[r * D + d0 + d] = static_cast<C>(out[r * kSlice + d]);
+    }
+  }
+
+  // du of a range of D from the R x R matrices that `forward` or `backward` left.
+  void gradient_rows(int task) const {
+    const int64_t D = columns.D, R = columns.R;
+    double* const v = own.get<double>(task, slice_v);
+    double* const out = own.get<double>(task, slice_out);
+    double* const dhat = apply_gs ? own.get<double>(task, slice_dv) : out;
+    const Slices range = slices_of(task);
+    for (int64_t d0 = range.begin; d0 < range.end; d0 += kSlice) {
+      const int64_t count = smaller(kSlice, D - d0);
+      take_slice(v, static_cast<const C*>(bwd->v_ptr), R, D, d0);
+      take_slice(out, static_cast<const C*>(bwd->dv_ptr), R, D, d0);
+      combine(out, matrix(second), stride, v, R, R);
+      if (apply_gs) {
+        std::memset(dhat, 0, static_cast<size_t>(round_up(R, kPadRows) * kSlice) * sizeof(double));
+        combine(dhat, matrix(third), stride, out, R, R);
+      } else {
+        for (int64_t pair = 0; pair < R / 2; ++pair) {
+          double *a = dhat + 2 * pair * kSlice, *d = a + kSlice;
+          const double scale = __builtin_ldexp(1.0, -columns.log_phi[pair]);
+          const bool both = columns.has_both(pair);
+          for (int64_t k = 0; k < kSlice; ++k) {
+            d[k] *= scale;
+            if (both) a[k] -= d[k];
+          }
+        }
+      }
+      T* du = static_cast<T*>(bwd->du_ptr) + d0 * R;
+      for (int64_t r = 0; r < R; ++r) {
+        const double scale = __builtin_ldexp(1.0, -columns.exponent[r]);
+        for (int64_t d = 0; d < count; ++d) {
+          const C value = columns.nonzero[r] ? static_cast<C>(dhat[r * kSlice + d] * scale) : 0;
+          if constexpr (sizeof(T) == sizeof(uint16_t))
+            store_first(du + d * R + r, broadcast(value), 1);
+          else
+            du[d * R + r] = value;
+        }
+      }
+    }
+  }
+
+  template <class Work>
+  void run(Work work) {
+    struct Call {
+      Factor* factor;
+      Work* work;
+    } call{this, &work};
+    run_tasks(
+        tasks, tasks,
+        [](int task, void* context) {
+          const Call* call = static_cast<Call*>(context);
+          (*call->work)(*call->factor, task);
+        },
+        &call);
+  }
+
+  void forward(const WyFactorFwdParams& params) {
+    fwd = &params;
+    const int64_t R = columns.R;
+    C* const v = static_cast<C*>(params.v_ptr);
+    C* const t_out = static_cast<C*>(params.t_ptr);
+    if (!apply_gs) columns.rows = v;
+    run([](Factor& f, int task) { f.columns.prepare(task, f.tasks, !f.apply_gs); });
+    run([](Factor& f, int task) { f.gram(task, f.columns.rows, f.columns.rows, true); });
+    if (apply_gs) {
+      gram_schmidt(matrix(first), kept, matrix(g), R, stride);
+      run([](Factor& f, int task) { f.orthonormal_rows(task); });
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t j = 0; j < R; ++j) t_out[i * R + j] = i == j && kept[i] ? 2 : 0;
+    } else {
+      chain_t(matrix(t), matrix(g), stride, columns, matrix(first));
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t j = 0; j < R; ++j) t_out[i * R + j] = static_cast<C>(matrix(t)[i * stride + j]);
+    }
+  }
+
+  void backward(const WyFactorBwdParams& params) {
+    bwd = &params;
+    const int64_t R = columns.R;
+    double *const a = matrix(first), *const b = matrix(second), *const c = matrix(third);
+    run([](Factor& f, int task) { f.columns.prepare(task, f.tasks, !f.apply_gs); });
+    if (apply_gs) {
+      run([](Factor& f, int task) { f.gram(task, f.columns.rows, f.columns.rows, true); });
+      gram_schmidt(a, kept, matrix(g), R, stride);
+      run([](Factor& f, int task) {
+        f.gram(task, static_cast<const C*>(f.bwd->dv_ptr), static_cast<const C*>(f.bwd->v_ptr), false);
+      });
+      // dhat = l⁻ᵀ (dv - (k + tril(k, -1)ᵀ) v), k = tril(dv vᵀ)
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t j = 0; j < R; ++j) {
+          b[i * stride + j] = -matrix(g)[larger(i, j) * stride + smaller(i, j)];
+          c[j * stride + i] = a[i * stride + j];
+        }
+    } else {
+      // ds = -tᵀ dt tᵀ; then b = dg + dgᵀ
+      const C* t_in = static_cast<const C*>(params.t_ptr);
+      const C* dt_in = static_cast<const C*>(params.dt_ptr);
+      double* const t_flipped = matrix(t);
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t j = 0; j < R; ++j) {
+          a[i * stride + j] = static_cast<double>(dt_in[i * R + j]);
+          t_flipped[j * stride + i] = static_cast<double>(t_in[i * R + j]);
+        }
+      small_product(c, t_flipped, a, R, R, stride);
+      small_product(a, c, t_flipped, R, R, stride);
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t j = i; j < R; ++j) b[i * stride + j] = b[j * stride + i] = -a[i * stride + j];
+      for (int64_t pair = 0; pair < R / 2; ++pair) {
+        if (!columns.has_both(pair)) continue;
+        const int64_t i = 2 * pair;
+        // twice the term of the diagonal: b holds dg + dgᵀ
+        b[i * stride + i] += (a[(i + 1) * stride + i] - a[i * stride + i + 1]) / __builtin_ldexp(1.0, columns.log_phi[pair]);
+      }
+    }
+    run([](Factor& f, int task) { f.gradient_rows(task); });
+  }
+};
+
+}  // namespace
+
+void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads) {
+  switch (params.dtype) {
+    case DType::kFloat32: return Factor<float>(params, false, num_threads).forward(params);
+    case DType::kFloat64: return Factor<double>(params, false, num_threads).forward(params);
+    case DType::kBFloat16: return Factor<BFloat16>(params, false, num_threads).forward(params);
+    case DType::kFloat16: return Factor<Float16>(params, false, num_threads).forward(params);
+  }
+}
+
+void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads) {
+  switch (params.dtype) {
+    case DType::kFloat32: return Factor<float>(params, true, num_threads).backward(params);
+    case DType::kFloat64: return Factor<double>(params, true, num_threads).backward(params);
+    case DType::kBFloat16: return Factor<BFloat16>(params, true, num_threads).backward(params);
+    case DType::kFloat16: return Factor<Float16>(params, true, num_threads).backward(params);
+  }
+}
+
+}  // namespace hra::cpu::HRA_ISA
