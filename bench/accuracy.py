@@ -72,15 +72,19 @@ class LayerCheck:
         twins = [parameter for parameter in twin.parameters() if parameter.requires_grad]
         y, grads = gradients(layer, self.x, parameters, self.dy)
         exact_y, exact_grads = gradients(twin, self.x.double(), twins, self.dy.double())
-        relative = {"y": tolerance.errors(y, exact_y)["frobenius"]}
-        relative["dx"] = tolerance.errors(grads[0], exact_grads[0])["frobenius"]
+        relative = {"y": _relative(y, exact_y), "dx": _relative(grads[0], exact_grads[0])}
         if parameters:
-            flat = torch.cat([grad.double().flatten() for grad in grads[1:]])
-            relative["du"] = tolerance.errors(flat, torch.cat([grad.flatten() for grad in exact_grads[1:]]))[
-                "frobenius"
-            ]
-        bound = OWN_BOUND[self.x.dtype]
-        wrong = [
-            f"{name}: error {error:.1e} exceeds {bound:.0e}" for name, error in relative.items() if not error <= bound
-        ]
-        return relative, "; ".join(wrong) or None
+            relative["du"] = _relative(
+                *(torch.cat([grad.double().flatten() for grad in part[1:]]) for part in (grads, exact_grads))
+            )
+        return relative, beyond(relative, OWN_BOUND[self.x.dtype])
+
+
+def _relative(got: Tensor, exact: Tensor) -> float:
+    return tolerance.errors(got, exact)["frobenius"]
+
+
+def beyond(relative: dict[str, float], bound: float) -> str | None:
+    """What exceeds `bound`, or None; NaN exceeds."""
+    wrong = [f"{name}: error {error:.1e} exceeds {bound:.0e}" for name, error in relative.items() if not error <= bound]
+    return "; ".join(wrong) or None

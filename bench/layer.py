@@ -80,7 +80,7 @@ def measure_case(
     chosen: list[catalogue.Provider],
     seconds: float,
     progress: Progress,
-) -> list[dict]:
+) -> dict:
     """The rows of one case: check, memory, then interleaved rounds over all providers that passed."""
     device, (x, dy) = u.device, inputs[0]
     check = LayerCheck(base, x, u, dy)
@@ -109,16 +109,16 @@ def measure_case(
         samplers[provider.name] = timing.sampler(timed, device, len(inputs))
         row["timing"] = getattr(samplers[provider.name], "method", "calls")
     floor = catalogue.FLOOR if catalogue.FLOOR in samplers else None
-    taken = timing.interleave(
+    result = timing.interleave(
         samplers, floor, seconds, advance=lambda done: progress(f"{case['name']}: rounds", 0.5 + 0.5 * done)
     )
-    for name, samples in taken.items():
+    for name, samples in result.taken.items():
         rows[name]["seconds"] = timing.summary(samples.values())
         if floor:
-            rows[name]["ratio"] = timing.ratio_to_floor(samples, taken[floor])
+            rows[name]["ratio"] = timing.ratio_to_floor(samples, result.taken[floor])
         if device.type == "cuda":
             rows[name]["host_seconds"] = timing.host_seconds(variants[name], device)
-    return list(rows.values())
+    return record.entry(case, device, seconds, list(rows.values()), result)
 
 
 def run(options: argparse.Namespace, progress: Progress) -> list[dict]:
@@ -131,14 +131,6 @@ def run(options: argparse.Namespace, progress: Progress) -> list[dict]:
         bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in inputs[0])
         inputs += [make_inputs(shape, dtype, device, i) for i in range(1, timing.input_sets(bytes_each, device))]
         case = {"name": str(shape), **shape.as_dict(), "dtype": options.dtype, "rank": options.rank}
-        rows = measure_case(
-            case,
-            base,
-            inputs,
-            make_u(shape.D, options.rank, device),
-            options.providers,
-            options.seconds,
-            progress,
-        )
-        runs.append({"case": case, "meta": record.describe(device, {"seconds": options.seconds}), "rows": rows})
+        u = make_u(shape.D, options.rank, device)
+        runs.append(measure_case(case, base, inputs, u, options.providers, options.seconds, progress))
     return runs

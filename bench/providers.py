@@ -22,13 +22,47 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """`build(base, rank)` gives the adapted layer; `hra` says that it computes the chain of `u` (`set_u` gives it)."""
+    """A method: a PEFT config (`peft(rank)` gives its class name and arguments) or a module (`wrap(base, rank)`).
+
+    `hra` says that it computes the chain of a `u` (D, R), `ours` that it is this package's integration into PEFT.
+    """
 
     name: str
     label: str
-    build: Callable[[nn.Module, int], nn.Module]
+    peft: Callable[[int], tuple[str, dict]] | None = None
+    wrap: Callable[[nn.Module, int], nn.Module] | None = None
     hra: bool = False
-    compiled: bool = False
+    ours: bool = False
+
+    def build(self, base: nn.Module, rank: int) -> nn.Module:
+        """`base` adapted: PEFT's tuner layer, or the wrapping module."""
+        if self.peft is None:
+            return self.wrap(base, rank) if self.wrap else base
+        return self.build_model(OneLayer(base), ["layer"], rank).base_model.model.layer
+
+    def build_model(self, model: nn.Module, targets: list[str], rank: int) -> nn.Module:
+        """`model`, frozen, with the layers whose names end in one of `targets` adapted; it may change in place."""
+        model.requires_grad_(False)
+        if self.peft is not None:
+            return self._get_peft_model(model, targets, rank)
+        if self.wrap is not None:
+            for path, layer in list(model.named_modules()):
+                if any(path == target or path.endswith(f".{target}") for target in targets):
+                    parent, _, child = path.rpartition(".")
+                    setattr(model.get_submodule(parent), child, self.wrap(layer, rank))
+        return model
+
+    def _get_peft_model(self, model: nn.Module, targets: list[str], rank: int) -> nn.Module:
+        import peft
+
+        class_name, arguments = self.peft(rank)
+        try:
+            config = getattr(peft, class_name)(target_modules=targets, **arguments)
+            with warnings.catch_warnings(), peft_hra(self.ours):
+                warnings.simplefilter("ignore")
+                return peft.get_peft_model(model, config)
+        except (ValueError, TypeError, NotImplementedError, ZeroDivisionError) as error:
+            raise Unavailable(f"PEFT's {class_name}: {error}") from error
 
 
 class OneLayer(nn.Module):
@@ -42,25 +76,17 @@ class OneLayer(nn.Module):
         return self.layer(x)
 
 
-def _peft_layer(base: nn.Module, config_name: str, **arguments: object) -> nn.Module:
-    """The tuner layer that `get_peft_model` puts around `base`."""
-    import peft
-
-    try:
-        config = getattr(peft, config_name)(target_modules=["layer"], **arguments)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return peft.get_peft_model(OneLayer(base), config).base_model.model.layer
-    except (ValueError, TypeError, NotImplementedError, ZeroDivisionError) as error:
-        raise Unavailable(f"PEFT's {config_name}: {error}") from error
-
-
-# --- the HRA family ---------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def stock_peft() -> Iterator[None]:
-    """PEFT as released, also where `hra_kernels.peft` was switched on by somebody."""
+def peft_hra(ours: bool) -> Iterator[None]:
+    """Inside, PEFT builds our HRA layers or, whatever was switched on before, its own."""
+    if ours:
+        try:
+            import hra_kernels.peft as integration
+        except (ImportError, RuntimeError) as error:
+            raise Unavailable(str(error)) from error
+        with integration.enabled():
+            yield
+        return
     integration = sys.modules.get("hra_kernels.peft")
     switched_on = integration is not None and integration.is_enabled()
     if switched_on:
@@ -72,18 +98,13 @@ def stock_peft() -> Iterator[None]:
             integration.enable()
 
 
-def peft_hra(base: nn.Module, rank: int) -> nn.Module:
-    with stock_peft():
-        return _peft_layer(base, "HRAConfig", r=rank)
+# --- the HRA family ---------------------------------------------------------------------------------------------------
 
 
-def ours_through_peft(base: nn.Module, rank: int) -> nn.Module:
-    try:
-        import hra_kernels.peft as integration
-    except (ImportError, RuntimeError) as error:
-        raise Unavailable(str(error)) from error
-    with integration.enabled():
-        return _peft_layer(base, "HRAConfig", r=rank)
+def ours_nn(base: nn.Module, rank: int) -> nn.Module:
+    from hra_kernels.nn import HRAConv2d, HRALinear
+
+    return (HRAConv2d if isinstance(base, nn.Conv2d) else HRALinear)(base, rank)
 
 
 class _LinearAdapter(nn.Module):
@@ -98,12 +119,6 @@ class _LinearAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(self.transform(x))
-
-
-def ours_nn(base: nn.Module, rank: int) -> nn.Module:
-    from hra_kernels.nn import HRAConv2d, HRALinear
-
-    return (HRAConv2d if isinstance(base, nn.Conv2d) else HRALinear)(base, rank)
 
 
 def plain_wy(x: Tensor, u: Tensor) -> Tensor:
@@ -191,24 +206,28 @@ def scramble(layer: nn.Module, generator: torch.Generator) -> None:
                 parameter.add_(0.02 * noise)
 
 
+def _hra_config(rank: int) -> tuple[str, dict]:
+    return "HRAConfig", {"r": rank}
+
+
 PROVIDERS = [
-    Provider(FLOOR, "frozen layer", lambda base, rank: base),
-    Provider("ours", "hra_kernels", ours_through_peft, hra=True),
-    Provider("ours-nn", "hra_kernels.nn", ours_nn, hra=True),
-    Provider("wy-eager", "compact WY, eager", PlainWY, hra=True),
-    Provider("wy-compile", "compact WY, torch.compile", CompiledWY, hra=True, compiled=True),
-    Provider("peft-hra", "PEFT HRA", peft_hra, hra=True),
-    Provider("torch-householder", "torch-householder", TorchHouseholder, hra=True),
-    Provider("lora", "PEFT LoRA", lambda base, rank: _peft_layer(base, "LoraConfig", r=rank)),
-    Provider("oft", "PEFT OFT v2", lambda base, rank: _peft_layer(base, "OFTConfig", r=0, oft_block_size=32)),
-    Provider("boft", "PEFT BOFT", lambda base, rank: _peft_layer(base, "BOFTConfig", boft_block_size=4)),
-    Provider("loha", "PEFT LoHa", lambda base, rank: _peft_layer(base, "LoHaConfig", r=rank)),
-    Provider("lokr", "PEFT LoKr", lambda base, rank: _peft_layer(base, "LoKrConfig", r=rank)),
+    Provider(FLOOR, "frozen layer"),
+    Provider("ours", "hra_kernels", peft=_hra_config, hra=True, ours=True),
+    Provider("ours-nn", "hra_kernels.nn", wrap=ours_nn, hra=True),
+    Provider("wy-eager", "compact WY, eager", wrap=PlainWY, hra=True),
+    Provider("wy-compile", "compact WY, torch.compile", wrap=CompiledWY, hra=True),
+    Provider("peft-hra", "PEFT HRA", peft=_hra_config, hra=True),
+    Provider("torch-householder", "torch-householder", wrap=TorchHouseholder, hra=True),
+    Provider("lora", "PEFT LoRA", peft=lambda rank: ("LoraConfig", {"r": rank})),
+    Provider("oft", "PEFT OFT v2", peft=lambda rank: ("OFTConfig", {"r": 0, "oft_block_size": 32})),
+    Provider("boft", "PEFT BOFT", peft=lambda rank: ("BOFTConfig", {"boft_block_size": 4})),
+    Provider("loha", "PEFT LoHa", peft=lambda rank: ("LoHaConfig", {"r": rank})),
+    Provider("lokr", "PEFT LoKr", peft=lambda rank: ("LoKrConfig", {"r": rank})),
     Provider(
         "adalora",
         "PEFT AdaLoRA",
-        lambda base, rank: _peft_layer(base, "AdaLoraConfig", init_r=rank, target_r=rank, total_step=1000),
+        peft=lambda rank: ("AdaLoraConfig", {"init_r": rank, "target_r": rank, "total_step": 1000}),
     ),
-    Provider("householder-product", "linalg.householder_product", HouseholderProduct),
+    Provider("householder-product", "linalg.householder_product", wrap=HouseholderProduct),
 ]
 BY_NAME = {provider.name: provider for provider in PROVIDERS}

@@ -7,6 +7,7 @@ One JSON file a level in a folder a machine, `bench/results/<device>/<level>.jso
     runs    a list, one entry a case; a case measured again replaces its entry
       case  its name, sizes, dtype, rank, ... (what identifies it)
       meta  commit, dirty, date, versions, device, threads, settings: see `describe`
+      rounds  how many; how many were repeated because other processes ran, and how many were disturbed all the same
       rows  one a provider
         provider, label    key and printed name
         why                null, or why there is no time: not available here, or wrong
@@ -27,6 +28,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from bench.timing import Rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -90,6 +93,16 @@ def describe(device: torch.device, settings: dict) -> dict:
         "backends": ops.backend_report(),
         "settings": settings,
     }
+
+
+def entry(
+    case: dict, device: torch.device, seconds: float | None, rows: list[dict], rounds: Rounds | None = None
+) -> dict:
+    """One entry of a file's `runs`."""
+    run = {"case": case, "meta": describe(device, {"seconds": seconds}), "rows": rows}
+    if rounds:
+        run["rounds"] = {name: getattr(rounds, name) for name in ("rounds", "repeated", "disturbed")}
+    return run
 
 
 def folder_name(device: torch.device) -> str:

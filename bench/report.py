@@ -1,7 +1,6 @@
 """Tables from result files: on screen, and as the marked blocks of README.md."""
 
 import re
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -59,6 +58,9 @@ def show(runs: list[dict], console: Console) -> None:
         names = list(dict.fromkeys(name for row in rows for name in row))
         case = run["case"]
         settings = [f"{key} {case[key]}" for key in ("dtype", "rank") if key in case]
+        disturbed = run.get("rounds", {}).get("disturbed", 0)
+        if disturbed:
+            settings.append(f"DISTURBED by other processes in {disturbed} of {run['rounds']['rounds']} rounds")
         table = Table(title=", ".join([case["name"], *settings]), title_justify="left")
         for name in names:
             table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)

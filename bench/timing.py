@@ -3,7 +3,8 @@
 Time    Every variant is warmed up, then measured in rounds: each round runs each variant once, in an order shuffled
         anew, so that a disturbance or a slow drift of the machine hits all of them alike. A ratio is taken within each
         round and its median reported, with the 20th and 80th percentile. Variants far slower than the rest sit out
-        most rounds, so that they do not eat the others' time; how many rounds each ran is reported.
+        most rounds, so that they do not eat the others' time; how many rounds each ran is reported. A round in which
+        other processes took processor time is repeated.
 Inputs  are made before; parameters are touched (their version changes, their values do not) before every call, outside
         the clock, so that nothing computed from parameters can be carried from one call to the next: each call is the
         first micro-batch after an optimiser step.
@@ -15,11 +16,13 @@ Memory  is the peak of what the call itself allocates (on a CPU as the profiler 
 """
 
 import math
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -148,7 +151,43 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
     return max(1, min(16, math.ceil(2 * cache / max(bytes_each, 1))))
 
 
-# --- rounds ------------------------------------------------------------------------------------------------------------
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+class OtherLoad:
+    """How much processor time other processes take, from Linux's counters; elsewhere none is seen."""
+
+    DISTURBED = 0.1
+    """A round counts as disturbed when others took more than this share of all processors."""
+    _STAT = Path("/proc/stat")
+
+    def __init__(self) -> None:
+        self._last = self._read()
+
+    def _read(self) -> tuple[float, float, float]:
+        own = os.times()
+        busy = 0.0
+        if self._STAT.exists():
+            user, nice, system, _, _, irq, softirq, steal = map(int, self._STAT.read_text().split()[1:9])
+            busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
+
+    def disturbed(self) -> bool:
+        """Whether others were busy since the last call (or since this object was made)."""
+        last, self._last = self._last, self._read()
+        wall, busy, own = (now - before for now, before in zip(self._last, last, strict=True))
+        resolution = 2 / os.sysconf("SC_CLK_TCK")
+        return busy - own > self.DISTURBED * wall * (os.cpu_count() or 1) + resolution
+
+
+@dataclass
+class Rounds:
+    """`taken` is {name: {round: seconds}}; `disturbed` of the rounds had other processes in them all the same."""
+
+    taken: dict[str, dict[int, float]]
+    rounds: int
+    repeated: int
+    disturbed: int
 
 
 def interleave(
@@ -158,27 +197,38 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
     advance: Callable[[float], None] = lambda fraction: None,
-) -> dict[str, dict[int, float]]:
-    """{name: {round: seconds}} in shuffled rounds over about `seconds`; the floor runs in every round."""
+) -> Rounds:
+    """Measure in shuffled rounds over about `seconds`; the floor runs in every round.
+
+    A round disturbed by other processes is thrown away and repeated, until as many have been repeated as are wanted.
+    """
     estimate = {}
     for name, sample in samplers.items():
         start = time.perf_counter()
         sample()
         estimate[name] = time.perf_counter() - start
-    share = seconds / len(samplers)
+    share = seconds / max(len(samplers), 1)
     count = {name: max(min_rounds, min(max_rounds, int(share / cost))) for name, cost in estimate.items()}
-    rounds = max(count.values())
+    rounds = max(count.values(), default=0)
     if floor in count:
         count[floor] = rounds
     order = random.Random(0)
-    taken: dict[str, dict[int, float]] = {name: {} for name in samplers}
+    result = Rounds({name: {} for name in samplers}, rounds, 0, 0)
+    others = OtherLoad()
     for k in range(rounds):
         # a variant with fewer rounds than the rest takes part at even distances
         due = [name for name in samplers if (k + 1) * count[name] // rounds > k * count[name] // rounds]
-        for name in order.sample(due, len(due)):
-            taken[name][k] = samplers[name]()
+        while True:
+            sampled = {name: samplers[name]() for name in order.sample(due, len(due))}
+            disturbed = others.disturbed()
+            if not disturbed or result.repeated == rounds:
+                break
+            result.repeated += 1
+        result.disturbed += disturbed
+        for name, value in sampled.items():
+            result.taken[name][k] = value
         advance((k + 1) / rounds)
-    return taken
+    return result
 
 
 def summary(values: Iterable[float]) -> dict:
@@ -193,7 +243,7 @@ def ratio_to_floor(taken: dict[int, float], floor: dict[int, float]) -> dict:
     return summary(seconds / floor[k] for k, seconds in taken.items())
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
