@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / ".setup" / "constraints-cpu.txt"
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 6)
-OLDEST_CMAKE = (3, 18)
+OLDEST_CMAKE = (3, 20)  # csrc/CMakeLists.txt
 WINDOWS = os.name == "nt"
 
 

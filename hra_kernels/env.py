@@ -38,7 +38,9 @@ def _cpu_name() -> str:
 
 
 def _cpu_isa() -> str | None:
-    return None if cpu_backend.why_unavailable() else cpu_backend.isa()
+    if cpu_backend.why_unavailable():
+        return None
+    return importlib.import_module("hra_kernels._native").isa()
 
 
 def _usable_cores() -> int:

@@ -270,7 +270,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         training.losses,
         training.checks,
         training.kept_step,
-        splits.majority(),
+        splits.majority("validation"),
     )
     if not arguments.no_compare:
         console.print()

@@ -83,6 +83,7 @@ def plot_training(
             ha="right" if chosen > xs[-1] / 2 else "left",
             fontsize=10,
         )
+        bottom.margins(y=0.15)
         bottom.set_ylabel("validation accuracy, %")
         bottom.set_xlabel("optimiser step")
         return _save(figure, folder, "loss")
@@ -104,9 +105,10 @@ def plot_cost(folder: Path, title: str, rows: Sequence[tuple[str, float]], ours:
                 textcoords="offset points",
                 va="center",
                 fontsize=10,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
             )
         axes.invert_yaxis()
-        axes.margins(x=0.18)
+        axes.margins(x=0.25)
         axes.set_xlabel(f"time per training step, ms (×: over “{floor}”)")
         axes.tick_params(axis="y", length=0)
         axes.set_title(title)

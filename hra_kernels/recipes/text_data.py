@@ -47,10 +47,11 @@ class Splits:
     validation: list[Example]
     test: list[Example]
 
-    def majority(self) -> float:
-        """Test accuracy of always answering the class that is most frequent in train."""
+    def majority(self, part: str = "test") -> float:
+        """Accuracy, on one split, of always answering the class that is most frequent in train."""
         answer = Counter(example.label for example in self.train).most_common(1)[0][0]
-        return sum(example.label == answer for example in self.test) / len(self.test)
+        examples = getattr(self, part)
+        return sum(example.label == answer for example in examples) / len(examples)
 
     def shortened(self, evaluated: int) -> "Splits":
         """The same with at most this many validation and test examples."""
