@@ -8,33 +8,34 @@
 between two optimiser steps while each micro-batch's graph is freed on its own.
 
 Each operator is one `torch.library` schema served by whichever backend `select_backend` names; `hra_kernels.reference`
-is the specification of all of them. Double backward, forward-mode AD, `torch.func` transforms and `torch.jit.trace`
-run the reference's plain PyTorch instead.
+is the specification of all of them. Double backward, forward-mode AD and `torch.func` transforms run the reference's
+plain PyTorch instead.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from hra_kernels import cpu_backend, reference
+from hra_kernels import cpu_backend, reference, triton_backend
 from hra_kernels.reference import factor_dtype
 
 BACKEND_VARIABLE = "HRA_BACKEND"
 MAX_RANK = 256
 """Largest number of columns the compiled kernels take; more go to the reference."""
 
-_BACKENDS = {"reference": reference, "cpu": cpu_backend}
-_PREFERRED = {"cpu": "cpu"}
+BACKENDS = {"reference": reference, "cpu": cpu_backend, "triton": triton_backend}
+_PREFERRED = {"cpu": "cpu", "cuda": "triton"}
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _forced: str | None = os.environ.get(BACKEND_VARIABLE) or None
 
 
 def backend_report() -> dict[str, str | None]:
     """Each backend's name and why it is not available here, or None where it is."""
-    return {name: backend.why_unavailable() for name, backend in _BACKENDS.items()}
+    return {name: backend.why_unavailable() for name, backend in BACKENDS.items()}
 
 
 @contextlib.contextmanager
@@ -57,9 +58,9 @@ def use_backend(name: str | None) -> Iterator[None]:
 def _require_available(name: str | None) -> None:
     if name is None:
         return
-    if name not in _BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {name!r}")
-    reason = _BACKENDS[name].why_unavailable()
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = BACKENDS[name].why_unavailable()
     if reason:
         raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
 
@@ -71,19 +72,19 @@ def select_backend(device: torch.device, dtype: torch.dtype, rank: int) -> str:
     """
     if _forced is not None:
         _require_available(_forced)
-        reason = _BACKENDS[_forced].why_unsupported(device, dtype, rank)
+        reason = BACKENDS[_forced].why_unsupported(device, dtype, rank)
         if reason:
             raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
         return _forced
     preferred = _PREFERRED.get(device.type, "reference")
-    backend = _BACKENDS[preferred]
+    backend = BACKENDS[preferred]
     if backend.why_unavailable() or backend.why_unsupported(device, dtype, rank):
         return "reference"
     return preferred
 
 
 def _backend(device: torch.device, dtype: torch.dtype, rank: int):
-    return _BACKENDS[select_backend(device, dtype, rank)]
+    return BACKENDS[select_backend(device, dtype, rank)]
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -170,14 +171,10 @@ _implement(
 
 
 def _wants_plain_ops() -> bool:
-    """Where an autograd.Function cannot be: torch.func transforms, forward-mode AD, torch.jit.trace."""
+    """Where an autograd.Function cannot be: torch.func transforms, forward-mode AD."""
     if torch.compiler.is_compiling():
         return False
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _differentiable_backward(
@@ -200,13 +197,18 @@ def _differentiable_backward(
     return [next(found) if need else None for need in needed]
 
 
+def _wants_gradient(*tensors: Tensor) -> bool:
+    """`torch.jit.trace` records inference: its graphs have no place for a closed-form backward."""
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and any(t.requires_grad for t in tensors)
+
+
 def _wants_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _rows(x: Tensor) -> Tensor:
     """x as (M, D) with contiguous rows: a view wherever one exists."""
-    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not Size.numel(): it makes a symbolic size a constant
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
@@ -215,19 +217,23 @@ class _Reflect(torch.autograd.Function):
     def forward(ctx, x, v, t, transpose):
         y, p = torch.ops.hra.reflect_fwd(x, v, t, transpose)
         ctx.transpose = transpose
-        ctx.save_for_backward(x, v, t, p)
+        needs_factor = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(v, t, *((x, p) if needs_factor else ()))
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, v, t, p = ctx.saved_tensors
+        v, t, *x_and_p = ctx.saved_tensors
         need_dx, need_dv, need_dt, _ = ctx.needs_input_grad
+        if not x_and_p:
+            if _wants_graph():
+                return reflect(dy, v, t, not ctx.transpose), None, None, None
+            return torch.ops.hra.reflect_dx(_rows(dy), v, t, ctx.transpose), None, None, None
+        x, p = x_and_p
         if _wants_graph():
             plain = lambda x, v, t: reference.reflect_fwd(x, v, t, ctx.transpose)[:1]  # noqa: E731
             return *_differentiable_backward(plain, (x, v, t), ctx.needs_input_grad[:3], (dy,)), None
         dy = _rows(dy)
-        if not (need_dv or need_dt):
-            return torch.ops.hra.reflect_dx(dy, v, t, ctx.transpose), None, None, None
         dx, dv, dt = torch.ops.hra.reflect_bwd(dy, x, v, t, p, ctx.transpose)
         return dx if need_dx else None, dv if need_dv else None, dt if need_dt else None, None
 
@@ -311,7 +317,7 @@ def attach_factor(
         return reference.chain_factor(us, apply_gs)
     if factor is None:
         factor = chain_factor(us, apply_gs, us[0].dtype)
-    if torch.is_grad_enabled() and any(u.requires_grad for u in us):
+    if _wants_gradient(*us):
         return _Factor.apply(*factor, tuple(apply_gs), *us)
     return factor
 
@@ -333,8 +339,12 @@ def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
     _check_reflect("reflect", x, v, t)
     rows = _rows(x)
     if _wants_plain_ops():
-        return reference.reflect_fwd(rows, v, t, transpose)[0].reshape(x.shape)
-    return _Reflect.apply(rows, v, t, transpose).reshape(x.shape)
+        y = reference.reflect_fwd(rows, v, t, transpose)[0]
+    elif _wants_gradient(x, v, t):
+        y = _Reflect.apply(rows, v, t, transpose)
+    else:
+        y = torch.ops.hra.reflect_dx(rows, v, t, not transpose)  # the same product, and no p to keep
+    return y.reshape(x.shape)
 
 
 def reflect_chain(

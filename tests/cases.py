@@ -27,7 +27,7 @@ class Case:
 
 
 _SHAPES = [
-    (1, 1, 1), (1, 5, 7), (1, 4096, 8), (2, 1000, 16), (127, 1001, 7), (128, 1000, 8), (129, 257, 3),
+    (1, 3, 1), (1, 5, 7), (1, 4096, 8), (2, 1000, 16), (127, 1001, 7), (128, 1000, 8), (129, 257, 3),
     (160, 512, 2), (64, 300, 1), (131, 264, 32), (257, 513, 64), (128, 320, 256), (4099, 64, 8),
 ]  # fmt: skip
 _COLUMNS = ["paired_step", "near_parallel", "zero_columns", "scales", "spike"]
@@ -37,7 +37,7 @@ CASES = (
     + [Case(*shape, transpose=False) for shape in _SHAPES if shape[2] in (2, 7, 8, 64)]
     + [Case(130, 1000, 8, columns) for columns in _COLUMNS]
     + [Case(131, 264, 7, columns, transpose=False) for columns in _COLUMNS]
-    + [Case(*shape, apply_gs=True) for shape in _SHAPES if shape[2] in (1, 3, 7, 8, 32)]
+    + [Case(*shape, apply_gs=True) for shape in _SHAPES if shape[2] in (1, 3, 7, 8, 32) and shape[2] < shape[1]]
     + [Case(130, 1000, 8, columns, apply_gs=True) for columns in ("zero_columns", "scales")]
 )
 SMALL_CASES = [case for case in CASES if case.M * case.D * case.R <= 131 * 264 * 32]
@@ -72,12 +72,29 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, 
     return x, u, dy
 
 
-def explicit(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def explicit(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """y, dx and du by autograd through the explicit chain, one reflection at a time, all of it in `dtype`.
 
-    In float64 this is the exact answer; in x's own dtype it is the naive chain. Powers of two are taken out of the
+    In float64 this is the exact answer. Powers of two are taken out of the
     columns first (and put back into du), so that the naive chain is not blamed for what its dtype cannot hold.
     """
+    return _explicit(x, u, dy, case, dtype)
+
+
+def naive(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`explicit` in x's own dtype. Float64 has nothing wider to be compared with: there, the order of features differs,
+
+    so that its distance from `explicit` is the rounding error of such a chain.
+    """
+    if dtype != torch.float64:
+        return _explicit(x, u, dy, case, dtype)
+    order = torch.randperm(case.D, generator=torch.Generator().manual_seed(1))
+    results = _explicit(x[:, order], u[order], dy[:, order], case, dtype)
+    back = torch.argsort(order)
+    return {"y": results["y"][:, back], "dx": results["dx"][:, back], "du": results["du"][back]}
+
+
+def _explicit(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     exponent = torch.frexp(torch.linalg.vector_norm(u.double(), dim=0)).exponent
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
     scale = torch.where((u != 0).any(0), scale, 1)

@@ -40,3 +40,9 @@ def on_backend(backend):
     """Run the test on one backend."""
     with ops.use_backend(backend):
         yield backend
+
+
+@pytest.fixture
+def device():
+    """Where the shared tests put their tensors."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
