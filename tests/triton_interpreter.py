@@ -1,0 +1,74 @@
+"""Triton's interpreter with bfloat16 and tf32 made right. A pytest plugin: `TRITON_INTERPRET=1 pytest -p tests.triton_interpreter`.
+
+Unrepaired, the interpreter keeps bfloat16 as 16-bit integers and multiplies the integers in `tl.dot`, truncates where
+the hardware rounds to nearest even, and computes every float32 product exactly, also where tf32 was asked for.
+"""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+Handle = interpreter.TensorHandle
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _tf32(values: np.ndarray) -> np.ndarray:
+    """What the matrix units read of a float32: the top 10 of its 23 mantissa bits."""
+    return (np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _float32_product(a: np.ndarray, b: np.ndarray, precision) -> np.ndarray:
+    name = str(precision).upper()
+    if "TF32X3" in name:
+        a_hi, b_hi = _tf32(a), _tf32(b)
+        a_lo, b_lo = _tf32(a - a_hi), _tf32(b - b_hi)
+        return a_lo @ b_hi + a_hi @ b_lo + a_hi @ b_hi
+    if "TF32" in name:
+        return _tf32(a) @ _tf32(b)
+    return a @ b
+
+
+def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    operands = [_widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b)]
+    if d.data.dtype != np.float32:
+        raise TypeError(f"tl.dot accumulates in float32 in this project, got {d.data.dtype}")
+    if a.dtype.scalar == tl.float32:
+        product = _float32_product(*operands, input_precision)
+    else:
+        product = np.matmul(*(x.astype(np.float32) for x in operands))
+    return Handle(product + d.data, d.dtype.scalar)
+
+
+def _cast(self, src, dst_type):
+    source, target = src.dtype.scalar, dst_type.scalar
+    if source == target:
+        return Handle(src.data, target)
+    data = _widen(src.data) if source == tl.bfloat16 else src.data
+    if target == tl.bfloat16:
+        return Handle(_round_to_bfloat16(data.astype(np.float32)), target)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return Handle(data.astype(interpreter._get_np_dtype(target)), target)
+
+
+_binary_op = interpreter.InterpreterBuilder.binary_op
+
+
+def _checked_binary_op(self, lhs, rhs, op):
+    if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
+        raise TypeError("bfloat16 arithmetic in a kernel: convert to float32 first, the interpreter cannot do it")
+    return _binary_op(self, lhs, rhs, op)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot
+interpreter.InterpreterBuilder.cast_impl = _cast
+interpreter.InterpreterBuilder.binary_op = _checked_binary_op
