@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import layer, providers, record, report
+from bench import layer, model, numerics, op, providers, record, report, scaling
 
-LEVELS = {"layer": layer}
+LEVELS = {"op": op, "layer": layer, "model": model, "numerics": numerics, "scaling": scaling}
 
 
 def _provider(name: str) -> providers.Provider:
@@ -25,7 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     common.add_argument("--threads", type=int, default=2, help="PyTorch's CPU threads (default 2)")
     common.add_argument("--seconds", type=float, default=20.0, help="measuring time a case, without checks and warm-up")
-    common.add_argument("--providers", type=_provider, nargs="+", default=providers.PROVIDERS, metavar="NAME")
+    common.add_argument(
+        "--providers", type=_provider, nargs="+", metavar="NAME", help="default: all that suit the level"
+    )
     common.add_argument("--out", type=Path, help="folder for JSON and plots (default: none are written)")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     levels = parser.add_subparsers(dest="level", required=True, metavar="LEVEL")
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    names = getattr(LEVELS[options.level], "DEFAULT_PROVIDERS", list(providers.BY_NAME))
+    options.providers = options.providers or [providers.BY_NAME[name] for name in names]
     console = Console(width=None if sys.stdout.isatty() else 160)
     columns = TextColumn("{task.description:<60}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

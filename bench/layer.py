@@ -80,8 +80,12 @@ def measure_case(
     chosen: list[catalogue.Provider],
     seconds: float,
     progress: Progress,
+    network: Callable[[nn.Module], nn.Module] = lambda layer: layer,
 ) -> dict:
-    """The rows of one case: check, memory, then interleaved rounds over all providers that passed."""
+    """The rows of one case: check, memory, then interleaved rounds over all providers that passed.
+
+    `network` makes what is timed from the layer that was checked.
+    """
     device, (x, dy) = u.device, inputs[0]
     check = LayerCheck(base, x, u, dy)
     rows, samplers, variants = {}, {}, {}
@@ -100,6 +104,7 @@ def measure_case(
         if row["why"]:
             row["why"] = f"wrong: {row['why']}"
             continue
+        layer = network(layer)
         timed = variants[provider.name] = variant(layer, inputs)
         row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
         leaf = x.detach().requires_grad_()

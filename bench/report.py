@@ -48,7 +48,7 @@ def _cells(row: dict) -> dict[str, str]:
             cells[name] = bytes_text(row[key])
     if "seconds" in row:
         cells["rounds"] = str(row["seconds"]["rounds"])
-    return cells | {key: str(value) for key, value in row.get("values", {}).items()}
+    return cells | {key: "0" if value == 0 else f"{value:.1e}" for key, value in row.get("values", {}).items()}
 
 
 def show(runs: list[dict], console: Console) -> None:

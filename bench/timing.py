@@ -121,6 +121,25 @@ def sampler(variant: Variant, device: torch.device, sets: int = 1) -> Callable[[
     return (cuda_sampler if device.type == "cuda" else cpu_sampler)(variant, sets)
 
 
+def wall_sampler(variant: Variant, device: torch.device) -> Callable[[], float]:
+    """Samples of one call as a training loop sees it: host work included, the device drained at the end."""
+    if device.type != "cuda":
+        return cpu_sampler(variant, 1)
+    for _ in range(3):
+        variant.run(0)
+    torch.cuda.synchronize()
+
+    def sample() -> float:
+        variant.touch()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        variant.run(0)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return sample
+
+
 def host_seconds(variant: Variant, device: torch.device, calls: int = 20) -> float:
     """Seconds a call from Python, host overhead included, kernels overlapping with it as in a real loop."""
     samples = []

@@ -1,0 +1,202 @@
+"""Level `model`: a whole training step of a transformer and of a UNet: forward, loss, backward, AdamW on the adapters.
+
+The floor is the frozen model with a gradient flowing to its first layer: the step no adapter can undercut. Loss and
+adapter gradients are checked against float64 before the clock starts: the HRA family against the explicit chain, every
+other method against itself.
+"""
+
+import argparse
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from bench import models, record, timing
+from bench import providers as catalogue
+from bench.accuracy import beyond
+from bench.layer import DTYPES, Progress
+from tests import tolerance
+
+BOUND = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float64: 1e-10}
+"""Largest relative error of loss and adapter gradient. A network amplifies rounding, bfloat16's to several per cent; an
+adapter that does nothing, or one gradient that is missing, is off by 1."""
+DEFAULT_PROVIDERS = ["frozen", "ours", "wy-eager", "peft-hra", "lora", "oft"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=models.MODELS, help="default: those that suit the device")
+    parser.add_argument("--dtype", default=None, choices=[str(dtype).removeprefix("torch.") for dtype in BOUND])
+    parser.add_argument("--rank", type=int, default=8)
+
+
+class ExplicitChain(nn.Module):
+    """The exact answer's Linear: one reflection at a time."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.u = nn.Parameter(base.weight.new_empty(base.in_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for column in reversed(self.u.unbind(1)):
+            x = x - (2 / (column @ column)) * (x @ column)[..., None] * column
+        return self.base(x)
+
+
+EXACT = catalogue.Provider("exact", "explicit chain", wrap=ExplicitChain, hra=True)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Adapter parameters in the order of their layers."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapt(
+    provider: catalogue.Provider, base: nn.Module, spec: models.Model, rank: int, device: torch.device
+) -> nn.Module:
+    """A copy of `base` with the provider's adapters away from their initial state."""
+    model = provider.build_model(copy.deepcopy(base), spec.targets, rank).to(device)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in trainable(model).values():
+        with torch.no_grad():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.copy_(noise) if provider.hra else parameter.add_(0.02 * noise)
+    return model
+
+
+def loss_and_gradient(model: nn.Module, spec: models.Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss and all adapter gradients in one vector."""
+    parameters = list(trainable(model).values())
+    loss = spec.loss(model, batch)
+    grads = torch.autograd.grad(loss, parameters)
+    return loss.detach()[None], torch.cat([grad.double().flatten() for grad in grads])
+
+
+def _cast(batch: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    return {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in batch.items()}
+
+
+class ModelCheck:
+    """Checks adapted models of one case; the HRA family's float64 answer is computed once."""
+
+    def __init__(
+        self, base: nn.Module, spec: models.Model, rank: int, batch: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        self.base, self.spec, self.rank, self.batch, self.dtype = base, spec, rank, batch, dtype
+        self.exact: tuple[Tensor, Tensor] | None = None
+
+    def _wide_answer(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        device = next(model.parameters()).device
+        return loss_and_gradient(model, self.spec, _cast(self.batch, torch.float64, device))
+
+    def __call__(self, provider: catalogue.Provider, model: nn.Module) -> tuple[dict[str, float], str | None]:
+        """({quantity: relative error}, None or what is wrong)."""
+        device = next(model.parameters()).device
+        if provider.hra:
+            if self.exact is None:
+                twin = adapt(EXACT, self.base.double(), self.spec, self.rank, device)
+                self.base.to(self.dtype)
+                self.exact = self._wide_answer(twin)
+            exact = self.exact
+        else:
+            exact = self._wide_answer(copy.deepcopy(model).double())
+        got = loss_and_gradient(model, self.spec, self.batch)
+        relative = {
+            name: tolerance.errors(value, wide)["frobenius"]
+            for name, value, wide in zip(("loss", "gradient"), got, exact, strict=True)
+        }
+        return relative, beyond(relative, BOUND[self.dtype])
+
+
+def training_step(model: nn.Module, spec: models.Model, batch: dict[str, Tensor]) -> timing.Variant:
+    """One optimiser step on the adapters; without adapters, one backward to the first layer."""
+    parameters = list(trainable(model).values())
+    if parameters:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, foreach=True, capturable=parameters[0].is_cuda)
+
+        def run(i: int) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            spec.loss(model, batch).backward()
+            optimizer.step()
+
+        return timing.Variant(run)
+    hooked = first_layer(model, spec)
+
+    def run_frozen(i: int) -> object:
+        found: list[Tensor] = []
+
+        def grad_from_here(module: nn.Module, inputs: tuple) -> tuple:
+            leaf = inputs[0].detach().requires_grad_()
+            found.append(leaf)
+            return (leaf, *inputs[1:])
+
+        handle = hooked.register_forward_pre_hook(grad_from_here)
+        try:
+            loss = spec.loss(model, batch)
+        finally:
+            handle.remove()
+        return torch.autograd.grad(loss, found)
+
+    return timing.Variant(run_frozen)
+
+
+def first_layer(model: nn.Module, spec: models.Model) -> nn.Module:
+    """The first layer an adapter would sit on."""
+    return next(
+        module
+        for path, module in model.named_modules()
+        if any(path == target or path.endswith(f".{target}") for target in spec.targets)
+    )
+
+
+def measure_case(spec: models.Model, options: argparse.Namespace, progress: Progress) -> dict:
+    """One table: a training step by every provider that passed its check."""
+    device = options.device
+    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    case = {"name": spec.name, "dtype": str(dtype).removeprefix("torch."), "rank": options.rank}
+    torch.manual_seed(0)
+    base = spec.build().to(device=device, dtype=dtype)
+    batch = _cast(spec.batch(torch.Generator().manual_seed(0)), dtype, device)
+    check = ModelCheck(base, spec, options.rank, batch, dtype)
+    rows, samplers = {}, {}
+    for k, provider in enumerate(options.providers):
+        progress(f"{spec.name}: check {provider.label}", 0.5 * k / len(options.providers))
+        row = rows[provider.name] = {"provider": provider.name, "label": provider.label, "why": None}
+        try:
+            model = adapt(provider, base, spec, options.rank, device)
+            if provider.name != catalogue.FLOOR:
+                row["error"], wrong = check(provider, model)
+                row["why"] = wrong and f"wrong: {wrong}"
+            if row["why"] is None:
+                timed = training_step(model, spec, batch)
+                row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
+                samplers[provider.name] = timing.wall_sampler(timed, device)
+        except catalogue.Unavailable as reason:
+            row["why"] = f"not available: {reason}"
+        except torch.OutOfMemoryError:
+            row["why"] = "out of memory"
+    floor = catalogue.FLOOR if catalogue.FLOOR in samplers else None
+    result = timing.interleave(
+        samplers, floor, options.seconds, advance=lambda done: progress(f"{spec.name}: rounds", 0.5 + 0.5 * done)
+    )
+    for name, samples in result.taken.items():
+        row = rows[name]
+        row["seconds"] = timing.summary(samples.values())
+        row["per_second"], row["unit"] = spec.count / row["seconds"]["median"], spec.unit
+        if floor:
+            row["ratio"] = timing.ratio_to_floor(samples, result.taken[floor])
+    return record.entry(case, device, options.seconds, list(rows.values()), result)
+
+
+def run(options: argparse.Namespace, progress: Progress) -> list[dict]:
+    """One run a model."""
+    names = options.models or models.DEFAULT[options.device.type]
+    runs = []
+    for name in names:
+        try:
+            runs.append(measure_case(models.MODELS[name], options, progress))
+        except catalogue.Unavailable as reason:  # the model itself cannot be built here
+            case = {"name": name, "dtype": options.dtype, "rank": options.rank}
+            row = {"provider": "all", "label": "all", "why": f"not available: {reason}"}
+            runs.append(record.entry(case, options.device, None, [row]))
+    return runs

@@ -1,0 +1,141 @@
+"""Level `op`: the operators alone, on every backend that runs here, against a copy of x.
+
+The floor is `x.clone()`. A forward reads x and writes y, exactly a copy's traffic; a backward reads x and dy and writes
+dx, one and a half times as much. `of_bound` is that bound over the time. The factor depends on u alone and has no such
+bound: its ratio says how much it adds.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from bench import record, shapes, timing
+from bench.layer import DTYPES, Progress
+from hra_kernels import ops, reference
+from tests import cases, tolerance
+
+FLOOR = "copy"
+TRAFFIC = {"reflect_fwd": 1.0, "reflect_dx": 1.0, "reflect_bwd": 1.5}
+"""Bytes each operator must move over those of a copy of x."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", default=["standard"], help="MxDxN (N is not used), a shape, or a group")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32])
+    parser.add_argument(
+        "--backends", nargs="+", default=None, help="default: all that run here, and the compiled reference"
+    )
+
+
+def _check(case: cases.Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, float], str | None]:
+    """The project's accuracy rule on the backend in force, for y, dx and du."""
+    x, u, dy = (tensor.to(device) for tensor in cases.make_inputs(case, dtype))
+    exact, naive = (cases.explicit(x, u, dy, case, kind) for kind in (torch.float64, dtype))
+    x.requires_grad_()
+    u.requires_grad_()
+    y = ops.reflect_chain(x, [u], [False], transpose=case.transpose)
+    dx, du = torch.autograd.grad(y, (x, u), dy)
+    got = {"y": y.detach(), "dx": dx, "du": du}
+    relative = {name: tolerance.errors(tensor, exact[name])["frobenius"] for name, tensor in got.items()}
+    return relative, "; ".join(tolerance.violations(got, naive, exact, dtype, case.R)) or None
+
+
+class _Inputs:
+    """One input set of all operators."""
+
+    def __init__(self, case: cases.Case, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self.x, self.u, self.dy = (tensor.to(device) for tensor in cases.make_inputs(case, dtype, seed))
+        self.v, self.t = reference.wy_factor(self.u)
+        self.p = reference.reflect_fwd(self.x, self.v, self.t, True)[1]
+        self.dv, self.dt = torch.randn_like(self.v), torch.randn_like(self.t)
+
+
+def _calls(functions: object) -> dict[str, Callable[[_Inputs], object]]:
+    """The operators of a backend (or of `torch.ops.hra`) as functions of an input set."""
+    return {
+        "reflect_fwd": lambda s: functions.reflect_fwd(s.x, s.v, s.t, True),
+        "reflect_dx": lambda s: functions.reflect_dx(s.dy, s.v, s.t, True),
+        "reflect_bwd": lambda s: functions.reflect_bwd(s.dy, s.x, s.v, s.t, s.p, True),
+        "wy_factor_fwd": lambda s: functions.wy_factor_fwd(s.u, False),
+        "wy_factor_bwd": lambda s: functions.wy_factor_bwd(s.dv, s.dt, s.u, s.v, s.t, False),
+    }
+
+
+class _CompiledReference:
+    """The reference's reflect under torch.compile: how far a compiler gets with the same formula."""
+
+    def __init__(self) -> None:
+        names = ("reflect_fwd", "reflect_dx", "reflect_bwd")
+        self.__dict__ |= {name: torch.compile(getattr(reference, name), dynamic=False) for name in names}
+
+
+def _on_backend(name: str, call: Callable[[_Inputs], object], sets: list[_Inputs]) -> Callable[[int], object]:
+    def run(i: int) -> object:
+        with ops.use_backend(name):
+            return call(sets[i])
+
+    return run
+
+
+def measure_case(
+    shape: shapes.Shape, rank: int, dtype_name: str, options: argparse.Namespace, progress: Progress
+) -> dict:
+    """One table: the copy, then every operator on every backend."""
+    device, dtype = options.device, DTYPES[dtype_name]
+    problem = cases.Case(shape.M, shape.D, rank)
+    bytes_each = 3 * shape.M * shape.D * dtype.itemsize
+    sets = [_Inputs(problem, dtype, device, seed) for seed in range(timing.input_sets(bytes_each, device))]
+    case = {"name": str(shape), "M": shape.M, "D": shape.D, "dtype": dtype_name, "rank": rank}
+    rows: dict[str, dict] = {FLOOR: {"provider": FLOOR, "label": "x.clone()", "op": FLOOR, "why": None}}
+    samplers = {FLOOR: timing.sampler(timing.Variant(lambda i: sets[i].x.clone()), device, len(sets))}
+    backends = options.backends or [*ops.backend_report(), "compiled reference"]
+    for k, backend in enumerate(backends):
+        progress(f"{case['name']} r{rank} {dtype_name}: check {backend}", 0.5 * k / len(backends))
+        error, why = None, ops.backend_report().get(backend)
+        why = why and f"not available: {why}"
+        if why is None:
+            forced = backend if backend != "compiled reference" else "reference"
+            with ops.use_backend(forced):
+                try:
+                    error, wrong = _check(problem, dtype, device)
+                    why = wrong and f"wrong: {wrong}"
+                except RuntimeError as reason:
+                    why = f"not available: {reason}"
+        if why is not None:
+            rows[backend] = {"provider": backend, "label": f"all, {backend}", "op": "all", "why": why, "error": error}
+            continue
+        if backend == "compiled reference":
+            calls = {name: call for name, call in _calls(_CompiledReference()).items() if name in TRAFFIC}
+        else:
+            calls = _calls(torch.ops.hra)
+        for name, call in calls.items():
+            key = f"{name} {backend}"
+            rows[key] = {"provider": backend, "label": f"{name}, {backend}", "op": name, "why": None, "error": error}
+            with torch.no_grad():
+                timed = timing.Variant(_on_backend(forced, call, sets))
+                samplers[key] = timing.sampler(timed, device, len(sets))
+    result = timing.interleave(
+        samplers,
+        FLOOR,
+        options.seconds,
+        advance=lambda done: progress(f"{case['name']} r{rank}: rounds", 0.5 + done / 2),
+    )
+    for key, samples in result.taken.items():
+        row = rows[key]
+        row["seconds"] = timing.summary(samples.values())
+        row["ratio"] = timing.ratio_to_floor(samples, result.taken[FLOOR])
+        if row["op"] in TRAFFIC:
+            row["of_bound"] = TRAFFIC[row["op"]] / row["ratio"]["median"]
+    return record.entry(case, device, options.seconds, list(rows.values()), result)
+
+
+def run(options: argparse.Namespace, progress: Progress) -> list[dict]:
+    """One run a shape, rank and dtype."""
+    return [
+        measure_case(shape, rank, dtype, options, progress)
+        for shape in shapes.parse(options.shapes)
+        for rank in options.ranks
+        for dtype in options.dtypes
+    ]
