@@ -96,9 +96,13 @@ using Status = int;
 const char* describe(Status status);
 
 Status reflect_fwd(const ReflectFwdParams& params, void* stream);
-// `workspace`: as many bytes as asked for, 16-byte aligned, free for other use once the stream has passed.
+// `workspace`: as many bytes as asked for (none where only dx is wanted), 16-byte aligned, free for other use once the
+// stream has passed.
 Status reflect_bwd_workspace_bytes(const ReflectBwdParams& params, int64_t& bytes);
 Status reflect_bwd(const ReflectBwdParams& params, void* workspace, void* stream);
+// `count` layers of any shapes, as few launches as their number allows.
+Status wy_factor_fwd(const WyFactorFwdParams* layers, int64_t count, void* stream);
+Status wy_factor_bwd(const WyFactorBwdParams* layers, int64_t count, void* stream);
 
 }  // namespace cuda
 }  // namespace hra

@@ -20,14 +20,19 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hra_kernels import cpu_backend, reference, triton_backend
+from hra_kernels import cpu_backend, cuda_backend, reference, triton_backend
 from hra_kernels.reference import factor_dtype
 
 BACKEND_VARIABLE = "HRA_BACKEND"
 MAX_RANK = 256
 """Largest number of columns the compiled kernels take; more go to the reference."""
 
-BACKENDS = {"reference": reference, "cpu": cpu_backend, "triton": triton_backend}
+BACKENDS = {
+    "reference": reference,
+    "cpu": cpu_backend,
+    "triton": triton_backend,
+    "cuda": cuda_backend.BACKEND,  # by name only until a GPU has verified it
+}
 _PREFERRED = {"cpu": "cpu", "cuda": "triton"}
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _forced: str | None = os.environ.get(BACKEND_VARIABLE) or None

@@ -1,0 +1,22 @@
+// The warp instructions and number formats the kernels use, with the register layouts of the PTX manual.
+#pragma once
+
+#include <cstdint>
+
+namespace hra::emulation {
+
+uint16_t bfloat16_from_float(float value);  // to nearest, ties to even
+uint16_t float16_from_float(float value);
+float float_from_bfloat16(uint16_t bits);
+float float_from_float16(uint16_t bits);
+
+double shuffle_xor(uint32_t mask, double value, int lane_mask);
+
+// `count` 8 x 8 matrices of 16-bit values: lane 8 i + j gives the address of row j of matrix i.
+void ldmatrix(uint32_t* registers, int count, bool transpose, const void* row);
+
+// c (16, 8) += a (16, 16) b (16, 8) in bfloat16 with float32 sums. Tensor cores do not document how they round the
+// sums; here each result is the exact sum rounded towards zero once, the least accurate rounding they are known to use.
+void mma_bf16_16x8x16(float c[4], const uint32_t a[4], const uint32_t b[2]);
+
+}  // namespace hra::emulation

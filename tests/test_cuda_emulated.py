@@ -1,0 +1,150 @@
+"""The CUDA kernels on the CPU emulation: the tests every backend passes, and what only GPU kernels can get wrong.
+
+Each shared test runs under one of the emulation's schedules, picked by its name; `test_every_schedule` runs under all.
+"""
+
+import zlib
+
+import pytest
+import torch
+
+from hra_kernels import ops, reference
+from hra_kernels.cuda_backend import CudaBackend
+from tests import emulation
+from tests.test_accuracy import (  # noqa: F401
+    test_chain,
+    test_empty,
+    test_expanded_gradient,
+    test_identity_at_initialisation_is_exact,
+    test_inputs_are_untouched_and_views_serve,
+    test_non_finite_shows,
+    test_reflect_alone,
+    test_repeated_runs_are_bitwise_equal,
+    test_what_one_step_learns_is_applied,
+)
+from tests.tolerance import assert_accurate
+
+BACKEND = "cuda-emulated"
+SHARED_CAPABILITY = 80
+KERNEL_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.fixture(scope="module")
+def native():
+    return emulation.emulated()
+
+
+@pytest.fixture(scope="module")
+def backend_module(native):
+    return CudaBackend(native, "cpu")
+
+
+@pytest.fixture
+def on_backend(native, backend_module, request, monkeypatch):
+    native.emulate(zlib.crc32(request.node.name.encode()) % len(emulation.SEEDS), SHARED_CAPABILITY)
+    monkeypatch.setitem(ops.BACKENDS, BACKEND, backend_module)
+    with ops.use_backend(BACKEND):
+        yield BACKEND
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu")
+
+
+def all_results(kernels, x, dy, v, t, transpose):
+    y, p = kernels.reflect_fwd(x, v, t, transpose)
+    dx, dv, dt = kernels.reflect_bwd(dy, x, v, t, p, transpose)
+    return {"y": y, "p": p, "dx": dx, "dv": dv, "dt": dt}
+
+
+def make(M, D, R, dtype, pitch=None):
+    """x, dy (M, D) with rows `pitch` apart, v, t."""
+    generator = torch.Generator().manual_seed(M * D + R)
+    x, dy = (torch.randn(M, pitch or D, generator=generator).to(dtype)[:, :D] for _ in range(2))
+    v = torch.randn(R, D, generator=generator) / D**0.5
+    return x, dy, v, torch.randn(R, R, generator=generator)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "shape",
+    [(70, 264, 8, None), (33, 131, 3, None), (33, 131, 17, 136), (5, 96, 40, 97)],
+    ids=["aligned", "odd-columns", "ragged-last-vector", "odd-rows"],
+)
+def test_every_schedule(native, backend_module, shape, dtype):
+    """Right under one schedule, and the same bits under all of them; 16-byte and scalar accesses, all padded ranks."""
+    M, D, R, pitch = shape
+    x, dy, v, t = make(M, D, R, dtype, pitch)
+    exact = all_results(reference, x.double(), dy.double(), v.double(), t.double(), True)
+    naive = all_results(reference, x, dy, v.to(dtype).float(), t.to(dtype).float(), True)
+    results = []
+    for seed in emulation.SEEDS:
+        native.emulate(seed, SHARED_CAPABILITY)
+        results.append(all_results(backend_module, x, dy, v, t, True))
+    assert_accurate(results[0], naive, exact, dtype, R)
+    for later in results[1:]:
+        for name, tensor in results[0].items():
+            assert torch.equal(tensor, later[name]), name
+
+
+@pytest.mark.parametrize("seed", emulation.SEEDS)
+def test_many_layers_in_one_launch(native, backend_module, seed):
+    """More layers than one launch takes, of all kinds; each as if it were alone."""
+    native.emulate(seed, SHARED_CAPABILITY)
+    generator = torch.Generator().manual_seed(0)
+    us, gs = [], []
+    for i in range(34):
+        u = torch.randn(20 + i, 1 + i % 9, generator=generator).to(KERNEL_DTYPES[i % 3])
+        us.append(u if i % 2 else u.mT.contiguous().mT)
+        gs.append(i % 4 == 3)
+    for u, apply_gs, (v, t) in zip(us, gs, backend_module.wy_factors(us, gs), strict=True):
+        exact_v, exact_t = reference.wy_factor(u, apply_gs)
+        torch.testing.assert_close(v, exact_v, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(t, exact_t, rtol=1e-6, atol=1e-7)
+
+
+def test_backward_in_x_alone_is_the_same(native, backend_module):
+    native.emulate(1, SHARED_CAPABILITY)
+    x, dy, v, t = make(40, 136, 8, torch.bfloat16)
+    for transpose in (False, True):
+        _, p = backend_module.reflect_fwd(x, v, t, transpose)
+        dx, _, _ = backend_module.reflect_bwd(dy, x, v, t, p, transpose)
+        assert torch.equal(backend_module.reflect_dx(dy, v, t, transpose), dx)
+
+
+def test_nothing_outside_is_written(native, backend_module):
+    """Results land in a view; the rows around them stay as they were."""
+    native.emulate(0, SHARED_CAPABILITY)
+    M, D, R = 21, 100, 8
+    x, _, v, t = make(M, D, R, torch.bfloat16)
+    framed = torch.full((M + 2, D + 24), 7.0, dtype=torch.bfloat16)
+    inner = framed[1 : M + 1, 8 : D + 8]
+    p = torch.empty(M, R)
+    native.reflect_fwd(
+        *(tensor.data_ptr() for tensor in (inner, p, x, v, t)), M, D, R, framed.stride(0), D, 2, True, 0
+    )
+    assert torch.equal(inner, backend_module.reflect_fwd(x, v, t, True)[0])
+    inner.fill_(7.0)
+    assert (framed == 7.0).all()
+
+
+def test_what_the_kernels_do_not_take(backend_module):
+    cpu = torch.device("cpu")
+    assert backend_module.why_unsupported(cpu, torch.float32, 64) is None
+    assert "64 columns" in backend_module.why_unsupported(cpu, torch.float32, 65)
+    assert "float64" in backend_module.why_unsupported(cpu, torch.float64, 8)
+    assert "these are on" in backend_module.why_unsupported(torch.device("meta"), torch.float32, 8)
+
+
+def test_bad_arguments_are_named(native):
+    with pytest.raises(ValueError, match="reflect_fwd: R must be between 0 and 64, got 65"):
+        native.reflect_fwd(0, 0, 0, 0, 0, 0, 0, 65, 0, 0, 0, False, 0)
+    with pytest.raises(ValueError, match="reflect_fwd: y must be a pointer to 6 elements, got null"):
+        native.reflect_fwd(0, 0, 16, 16, 16, 2, 3, 1, 3, 3, 0, False, 0)
+    with pytest.raises(ValueError, match="reflect_fwd: stride_ym must be at least 3, got 2"):
+        native.reflect_fwd(16, 0, 16, 16, 16, 2, 3, 1, 2, 3, 0, False, 0)
+    with pytest.raises(ValueError, match="reflect_bwd: dtype must be"):
+        native.reflect_bwd_workspace_bytes(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="reflect_bwd: workspace_bytes must be at least"):
+        native.reflect_bwd(*[16] * 8, 1, 1, 1, 1, 1, 1, 0, False, 16, 4, 0)
