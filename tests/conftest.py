@@ -6,6 +6,11 @@
 Outputs allocated with `torch.empty` are filled with NaN, so that a kernel that leaves a hole shows it.
 """
 
+import os
+
+# libgomp's idle threads spin; where anything else runs on the machine, that costs tests most of their time
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -5,9 +5,9 @@
 
 `exact` is the explicit chain in float64 on the very same (low-precision) inputs. k is 1 for bfloat16 and float16, where
 we accumulate in float32 and so must beat the naive chain, 4 for float32, and 8 for float64, whose Gram matrix has no
-wider dtype to be computed in. The last term absorbs luck in tiny cases; scale is max|exact| in the max norm and 1 in the
-relative Frobenius norm. The rule holds in both norms, for y and for every gradient: the Frobenius norm misses one masked
-row, the max norm misses a small error everywhere.
+wider dtype to be computed in. The last term absorbs luck in tiny cases; its scale is max|exact| in the max norm and 1
+in the relative Frobenius norm. The rule holds in both norms, for y and for every gradient: the Frobenius norm misses
+one masked row, the max norm misses a small error everywhere.
 """
 
 import torch

@@ -1,0 +1,111 @@
+"""The factor is computed once per parameter version: how often, and never stale."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from hra_kernels import factor_cache, ops
+from hra_kernels.factor_cache import FactorCache
+from hra_kernels.nn import HRALinear
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """A list with one entry for each factor computed."""
+    calls = []
+    monkeypatch.setattr(
+        factor_cache, "chain_factor", lambda us, *rest: calls.append(len(us)) or ops.chain_factor(us, *rest)
+    )
+    return calls
+
+
+def layer_and_input():
+    torch.manual_seed(0)
+    return HRALinear(nn.Linear(16, 8), r=4), torch.randn(5, 16)
+
+
+def test_micro_batches_share_a_factor(computed):
+    layer, x = layer_and_input()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for step in range(1, 4):
+        for _ in range(3):
+            layer(x).sum().backward()
+        optimizer.step()
+        assert len(computed) == step
+
+
+def test_generation_shares_a_factor(computed):
+    layer, x = layer_and_input()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            for _ in range(5):
+                layer(x[:1])
+    assert len(computed) == 1
+    layer(x).sum().backward()  # a factor first made under inference_mode serves training too
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.load_state_dict(HRALinear(nn.Linear(16, 8), r=4).state_dict()),
+        lambda layer: setattr(layer, "hra_u", nn.Parameter(torch.randn(16, 4))),
+        lambda layer: setattr(layer.hra_u, "data", torch.randn(16, 4)),
+        lambda layer: layer.double(),
+    ],
+    ids=["load_state_dict", "new parameter", "new data", "double"],
+)
+def test_a_change_is_seen(change):
+    layer, x = layer_and_input()
+    layer(x)
+    change(layer)
+    x = x.to(layer.hra_u.dtype)
+    torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+class PointerOptimizer(torch.optim.Optimizer):
+    """Writes through `.data`, as optimisers with kernels of their own do: no version counter moves."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+
+
+def test_an_optimizer_that_moves_no_version_is_seen():
+    layer, x = layer_and_input()
+    optimizer = PointerOptimizer([layer.hra_u])
+    layer(x).square().sum().backward()
+    version = layer.hra_u._version
+    optimizer.step()
+    assert layer.hra_u._version == version
+    torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+def test_clear():
+    layer, x = layer_and_input()
+    layer(x)
+    layer.hra_u.data.copy_(torch.randn(16, 4))
+    layer._factors.clear()
+    torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+def test_copies_and_pickles_are_empty(computed):
+    cache, u = FactorCache(), torch.randn(16, 4)
+    cache.get([u], [False], u.dtype)
+    for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        other.get([u], [False], u.dtype)
+    assert len(computed) == 3
+
+
+def test_flags_and_dtype_belong_to_the_factor():
+    cache, u = FactorCache(), torch.randn(16, 4)
+    plain = cache.get([u], [False], torch.float32)
+    schmidt = cache.get([u], [True], torch.float32)
+    assert not torch.equal(plain[1], schmidt[1])
+    assert cache.get([u], [True], torch.float64)[0].dtype == torch.float64
