@@ -1,4 +1,4 @@
-"""`python -m bench LEVEL`: measure, print the table, write JSON and plots. `python -m bench LEVEL --help` for more."""
+"""Measure, print a table, write JSON and plots: `python -m bench LEVEL`; `python -m bench report` draws from JSON."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import layer, model, numerics, op, providers, record, report, scaling
+from bench import compare, layer, model, numerics, op, providers, record, report, scaling
 
 LEVELS = {"op": op, "layer": layer, "model": model, "numerics": numerics, "scaling": scaling}
 
@@ -20,39 +20,100 @@ def _provider(name: str) -> providers.Provider:
     return providers.BY_NAME[name]
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     common.add_argument("--threads", type=int, default=2, help="PyTorch's CPU threads (default 2)")
-    common.add_argument("--seconds", type=float, default=20.0, help="measuring time a case, without checks and warm-up")
+    common.add_argument("--seconds", type=_positive, default=20.0, help="time a case, without checks and warm-up")
     common.add_argument(
         "--providers", type=_provider, nargs="+", metavar="NAME", help="default: all that suit the level"
     )
     common.add_argument("--out", type=Path, help="folder for JSON and plots (default: none are written)")
+    common.add_argument("--no-plots", action="store_true", help="JSON only")
+    common.add_argument("--base", metavar="REF", help="measure this commit too, in turns, and compare")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     levels = parser.add_subparsers(dest="level", required=True, metavar="LEVEL")
     for name, module in LEVELS.items():
-        level = levels.add_parser(name, parents=[common], help=module.__doc__.split(":", 1)[1].split(".")[0].strip())
+        summary = module.__doc__.split(":", 1)[1].split(":")[0].split(".")[0].strip()
+        level = levels.add_parser(name, parents=[common], help=" ".join(summary.split()), description=module.__doc__)
+        level.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(level)
+    drawn = levels.add_parser("report", help="tables, plots and README's results from JSON that is there")
+    drawn.add_argument("--results", type=Path, default=record.RESULTS, help="folder of machines' folders")
+    drawn.add_argument("--readme", type=Path, help="fill this file's results block")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    options = parser.parse_args(arguments)
+def make_report(options: argparse.Namespace, console: Console) -> None:
+    """Print every table, draw every plot, fill the README."""
+    from bench import plots
+
+    for path in sorted(options.results.glob("*/*.json")):
+        if path.stem in LEVELS:
+            runs = record.load(path)["runs"]
+            report.show(runs, console)
+            plots.draw(path.parent, path.stem, runs)
+    if options.readme:
+        text = options.readme.read_text()
+        options.readme.write_text(report.fill(text, report.results_section(options.results, plots.source)))
+
+
+def measure(options: argparse.Namespace, console: Console) -> None:
+    """Run one level."""
     torch.set_num_threads(options.threads)
-    names = getattr(LEVELS[options.level], "DEFAULT_PROVIDERS", list(providers.BY_NAME))
-    options.providers = options.providers or [providers.BY_NAME[name] for name in names]
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    module = LEVELS[options.level]
+    if options.providers is None:
+        names = getattr(module, "DEFAULT_PROVIDERS", list(providers.BY_NAME))
+        options.providers = [providers.BY_NAME[name] for name in names]
     columns = TextColumn("{task.description:<60}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
-        runs = LEVELS[options.level].run(
-            options, lambda text, fraction: bar.update(task, description=text, completed=fraction)
-        )
+        runs = module.run(options, lambda text, done: bar.update(task, description=text, completed=done))
     report.show(runs, console)
     if options.out:
-        record.save(options.out / f"{options.level}.json", options.level, runs)
+        content = record.save(options.out / f"{options.level}.json", options.level, runs)
+        if not options.no_plots:
+            from bench import plots
+
+            plots.draw(options.out, options.level, content["runs"])
+
+
+def _without(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """`arguments` without these flags and their one value each."""
+    kept, skip = [], False
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if not skip and name not in flags:
+            kept.append(argument)
+        skip = not skip and name in flags and not value
+    return kept
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    try:
+        if options.level == "report":
+            make_report(options, console)
+        elif options.base:
+            level_arguments = _without(arguments, ["--base", "--seconds", "--out"])
+            level_arguments.remove(options.level)
+            found = compare.compare(options.base, options.level, level_arguments, options.seconds, console)
+            if options.out:
+                compare.save(options.out / f"compare-{options.level}.json", found)
+        else:
+            measure(options, console)
+    except (ValueError, RuntimeError) as error:
+        parser.exit(2, f"bench: {error}\n")
     return 0
 
 

@@ -13,6 +13,7 @@ One JSON file a level in a folder a machine, `bench/results/<device>/<level>.jso
         why                null, or why there is no time: not available here, or wrong
         error              {tensor: relative Frobenius error against float64}
         seconds, ratio     {median, p20, p80, rounds}; ratio is to the case's floor, round by round
+        values             {name: number} of an untimed level; null is NaN
         anything else      the level's own columns (saved_bytes, peak_bytes, of_bound, per_second, ...)
 
 A run's rows were measured in one process in interleaved rounds, so they may be compared with one another. Seconds of
@@ -20,6 +21,7 @@ two runs may not, ratios may with care.
 """
 
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -124,12 +126,21 @@ def load(path: Path) -> dict:
     return content
 
 
+def _finite(value: object) -> object:
+    """`value` with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def save(path: Path, level: str, runs: Sequence[dict]) -> dict:
     """Write `runs` into the file, replacing the entries of the same cases, and return its whole content."""
     kept = load(path)["runs"] if path.exists() else []
     fresh = [run["case"] for run in runs]
     kept = [run for run in kept if run["case"] not in fresh]
-    content = {"schema": SCHEMA, "level": level, "runs": [*kept, *runs]}
+    content = {"schema": SCHEMA, "level": level, "runs": [*kept, *_finite(runs)]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return content

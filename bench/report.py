@@ -1,9 +1,14 @@
 """Tables from result files: on screen, and as the marked blocks of README.md."""
 
-import re
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from bench import record
 
 
 def seconds_text(seconds: float) -> str:
@@ -20,6 +25,13 @@ def bytes_text(count: float) -> str:
     return f"{count} B"
 
 
+def number_text(value: float | None) -> str:
+    """A small number; None stands for NaN or infinity, which JSON does not have."""
+    if value is None or not math.isfinite(value):
+        return "NaN"
+    return "0" if value == 0 else f"{value:.1e}"
+
+
 def error_text(error: dict | None) -> str:
     return f"{max(error.values()):.0e}" if error else ""
 
@@ -28,11 +40,11 @@ def spread_text(value: dict, text) -> str:
     return f"{text(value['median'])} ({text(value['p20'])} to {text(value['p80'])})"
 
 
-def _cells(row: dict) -> dict[str, str]:
+def _cells(row: dict, timed: bool) -> dict[str, str]:
     """A row's columns as text; a row without a time says why in its place."""
-    cells = {"method": row["label"], "error": error_text(row.get("error"))}
+    cells = {"method": row["label"]} | ({"error": error_text(row.get("error"))} if timed else {})
     if row.get("why"):
-        return cells | {"time": row["why"][:60]}
+        return cells | {"time" if timed else "values": row["why"][:60]}
     if "seconds" in row:
         cells["time"] = spread_text(row["seconds"], seconds_text)
     if "ratio" in row:
@@ -48,13 +60,14 @@ def _cells(row: dict) -> dict[str, str]:
             cells[name] = bytes_text(row[key])
     if "seconds" in row:
         cells["rounds"] = str(row["seconds"]["rounds"])
-    return cells | {key: "0" if value == 0 else f"{value:.1e}" for key, value in row.get("values", {}).items()}
+    return cells | {key: number_text(value) for key, value in row.get("values", {}).items()}
 
 
 def show(runs: list[dict], console: Console) -> None:
     """Print one aligned table a run."""
     for run in runs:
-        rows = [_cells(row) for row in run["rows"]]
+        timed = not any("values" in row for row in run["rows"])
+        rows = [_cells(row, timed) for row in run["rows"]]
         names = list(dict.fromkeys(name for row in rows for name in row))
         case = run["case"]
         settings = [f"{key} {case[key]}" for key in ("dtype", "rank") if key in case]
@@ -69,19 +82,120 @@ def show(runs: list[dict], console: Console) -> None:
         console.print(table)
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
+# --- README ---------------------------------------------------------------------------------------------------------
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def fill_block(text: str, name: str, content: str) -> str:
-    """`text` with what stands between <!-- bench:NAME --> and <!-- /bench:NAME --> replaced.
+def _ratio(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if "ratio" not in row:
+        return (row["why"] or "").split(":")[0]
+    median = row["ratio"]["median"]
+    return f"{median:.2f}" if median < 10 else f"{median:.1f}"
+
+
+def _ratio_table(runs: list[dict], more: Callable[[list[dict]], list[str]], header: list[str]) -> str:
+    """Methods down, cases across, the ratio to the floor in the cells; `more(rows)` adds the columns of `header`."""
+    labels = {row["provider"]: row["label"] for run in runs for row in run["rows"]}
+    by_run = [{row["provider"]: row for row in run["rows"]} for run in runs]
+
+    def weight(provider: str) -> float:
+        ratios = [rows[provider]["ratio"]["median"] for rows in by_run if "ratio" in rows.get(provider, {})]
+        return statistics.median(ratios) if ratios else math.inf
+
+    lines = []
+    for provider in sorted(labels, key=weight):
+        rows = [rows.get(provider) for rows in by_run]
+        middle = f"{weight(provider):.2f}" if weight(provider) < math.inf else ""
+        label = f"**{labels[provider]}**" if provider == "ours" else labels[provider]
+        lines.append([label, *map(_ratio, rows), middle, *more([row for row in rows if row])])
+    return _markdown(["", *(run["case"]["name"] for run in runs), "median", *header], lines)
+
+
+def _layer_block(runs: list[dict]) -> str:
+    def more(rows: list[dict]) -> list[str]:
+        saved = [row["saved_beyond_x_bytes"] for row in rows if "saved_beyond_x_bytes" in row]
+        worst = [max(row["error"].values()) for row in rows if row.get("error")]
+        return [bytes_text(max(saved)) if saved else "", f"{max(worst):.0e}" if worst else ""]
+
+    case = runs[0]["case"]
+    return (
+        f"One adapted layer, forward and backward over the frozen layer alone ({case['dtype']}, R = {case['rank']}; "
+        "shapes are rows x in x out; most memory kept for backward beyond x; worst relative error against float64):\n\n"
+        + _ratio_table(runs, more, ["kept", "error"])
+    )
+
+
+def _model_block(runs: list[dict]) -> str:
+    def rate(rows: list[dict]) -> list[str]:
+        return [", ".join(f"{row['per_second']:.3g} {row['unit']}/s" if "per_second" in row else "-" for row in rows)]
+
+    return "A whole training step over the frozen model's, and its rate:\n\n" + _ratio_table(runs, rate, ["rate"])
+
+
+def _op_block(runs: list[dict]) -> str:
+    """Median share of the copy bound over all shapes, by backend and setting."""
+    found: dict[tuple, dict[str, list[float]]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            if "of_bound" in row:
+                setting = (row["provider"], run["case"]["dtype"], str(run["case"]["rank"]))
+                found.setdefault(setting, {}).setdefault(row["op"], []).append(row["of_bound"])
+    operators = ["reflect_fwd", "reflect_dx", "reflect_bwd"]
+    lines = [
+        [*setting, *(f"{100 * statistics.median(values[name]):.0f} %" if name in values else "" for name in operators)]
+        for setting, values in found.items()
+    ]
+    return "The operators as a share of the copy bound (median over the shapes):\n\n" + _markdown(
+        ["backend", "dtype", "R", "forward", "dx only", "backward"], lines
+    )
+
+
+def _numerics_block(runs: list[dict]) -> str:
+    lines = []
+    providers = {row["provider"]: row["label"] for run in runs for row in run["rows"]}
+    for run in runs:
+        values = {row["provider"]: row.get("values", {}) for row in run["rows"]}
+        for key in dict.fromkeys(key for found in values.values() for key in found):
+            cells = [number_text(values[name][key]) if key in values.get(name, {}) else "-" for name in providers]
+            lines.append([f"{run['case']['name']}, {key}", *cells])
+    return "Numerics (what each quantity is: `bench/numerics.py`):\n\n" + _markdown(["", *providers.values()], lines)
+
+
+BLOCKS = {"layer": _layer_block, "model": _model_block, "op": _op_block, "numerics": _numerics_block}
+
+
+def results_section(results: Path, source: Callable[[dict], str]) -> str:
+    """README's results: for every machine its tables and plots."""
+    parts = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        files = {path.stem: record.load(path)["runs"] for path in sorted(folder.glob("*.json"))}
+        if not files:
+            continue
+        sources = dict.fromkeys(source(run["meta"]) for runs in files.values() for run in runs)
+        parts.append(f"### {folder.name}\n\nMeasured on {'; '.join(sources)}.")
+        for level in ("layer", "op", "model", "scaling", "numerics"):
+            if level in files and level in BLOCKS:
+                parts.append(BLOCKS[level](files[level]))
+            for plot in sorted(folder.glob(f"{level}*.svg")):
+                parts.append(f"![{plot.stem}]({plot.relative_to(results.parent.parent)})")
+    return "\n\n".join(parts) or "No results yet."
+
+
+def fill(text: str, content: str) -> str:
+    """`text` with what stands between README's two markers replaced.
 
     Raises:
         ValueError: the text has no such pair of markers.
     """
-    begin, end = f"<!-- bench:{name} -->", f"<!-- /bench:{name} -->"
-    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"README: expected the markers {begin} and {end}, found none")
-    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+    begin, end = "<!-- bench:results -->", "<!-- /bench:results -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"README: expected the markers {begin} and {end}, found {'one' if found else 'none'} of them")
+    return f"{before}{begin}\n{content}\n{end}{after}"

@@ -1,0 +1,99 @@
+"""`--base REF`: the same measurement of two commits, this working tree and REF, a ratio of the two beside each method.
+
+Both are built as users build them, into folders of their own, and measured by this tree's benchmark in turns: base,
+head, base, head, each with half the measuring time. What is compared is the ratio to the floor, which does not care
+what the machine did meanwhile.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import record
+
+TURNS = 2
+
+
+def _run(command: list[str], **options: object) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[:4])} ... failed with {done.returncode}:\n{done.stdout}{done.stderr}")
+
+
+def _install(source: Path, target: Path) -> None:
+    """Build `source` and put its hra_kernels into `target`, beside this tree's bench and tests."""
+    build = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet"]
+    _run([*build, "-C", f"build-dir={target}-build", "--target", str(target), str(source)])
+    for name in ("bench", "tests"):
+        shutil.copytree(record.ROOT / name, target / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+
+
+def _median_ratios(files: list[Path]) -> dict[tuple[str, str, str], float]:
+    """{(case, provider, label): median of the turns' ratios}."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for path in files:
+        for run in record.load(path)["runs"]:
+            settings = [str(run["case"][key]) for key in ("dtype", "rank") if key in run["case"]]
+            for row in run["rows"]:
+                if "ratio" in row:
+                    key = (" ".join([run["case"]["name"], *settings]), row.get("op", row["provider"]), row["label"])
+                    found.setdefault(key, []).append(row["ratio"]["median"])
+    return {key: statistics.median(values) for key, values in found.items()}
+
+
+def compare(ref: str, level: str, arguments: list[str], seconds: float, console: Console) -> dict:
+    """Measure REF and the working tree in turns, print and return {base, head, rows}.
+
+    Args:
+        arguments: the level's command line, without --base, --seconds and --out.
+
+    Raises:
+        RuntimeError: REF is unknown, does not build, or a measurement fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch_name:
+        scratch = Path(scratch_name)
+        tree = scratch / "tree"
+        _run(["git", "-C", str(record.ROOT), "worktree", "add", "--detach", str(tree), ref])
+        try:
+            console.print(f"building {ref} and the working tree ...")
+            _install(tree, scratch / "base")
+            _install(record.ROOT, scratch / "head")
+            commit = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True)
+        finally:
+            _run(["git", "-C", str(record.ROOT), "worktree", "remove", "--force", str(tree)])
+        files: dict[str, list[Path]] = {"base": [], "head": []}
+        for turn in range(TURNS):
+            for side, paths in files.items():
+                console.print(f"turn {turn + 1} of {TURNS}: {side}")
+                out = scratch / f"{side}-{turn}"
+                command = [sys.executable, "-m", "bench", level, *arguments, "--seconds", str(seconds / TURNS)]
+                environment = os.environ | {"PYTHONPATH": ""}
+                _run([*command, "--out", str(out), "--no-plots"], cwd=scratch / side, env=environment)
+                paths.append(out / f"{level}.json")
+        base, head = _median_ratios(files["base"]), _median_ratios(files["head"])
+    rows = [
+        {"case": key[0], "provider": key[1], "label": key[2], "base": base[key], "head": head[key]}
+        for key in head
+        if key in base
+    ]
+    table = Table(title=f"{level}: ratio to the floor, {ref} and the working tree", title_justify="left")
+    for name in ("case", "method", ref, "working tree", "change"):
+        table.add_column(name, justify="left" if name in ("case", "method") else "right", no_wrap=True)
+    for row in rows:
+        change = f"{100 * (row['head'] / row['base'] - 1):+.1f} %"
+        table.add_row(row["case"], row["label"], f"{row['base']:.3f}", f"{row['head']:.3f}", change)
+    console.print(table)
+    return {"base": commit.stdout.strip(), "rows": rows}
+
+
+def save(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
