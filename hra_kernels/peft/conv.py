@@ -6,8 +6,6 @@ with the rows of v (R, in_channels kh kw) as R extra filters: R / out_channels o
 with a forward of its own (one that pads first, say), or with hooks, runs that forward with W Q in place of its weight.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from hra_kernels.factor_cache import FactorCache
 from hra_kernels.functional import conv2d_correction, hra_weight
 from hra_kernels.ops import attach_factor
 from hra_kernels.peft.layer import ReflectionLayer
+from hra_kernels.peft.offload import is_offloaded, loaded
 from hra_kernels.reference import factor_dtype
 
 
@@ -62,14 +61,18 @@ class HRAConv2d(ReflectionLayer, PeftHRAConv2d):
         base = self.get_base_layer()
         factor = self._factors.get(us, apply_gs, x.dtype)
         if _runs_own_code(base):
-            with _loaded(base):
-                weight = hra_weight(base.weight, us, apply_gs=apply_gs, factor=factor)
+            if is_offloaded(base):  # its hook would load the plain weight over ours
+                raise NotImplementedError(
+                    f"HRA: {self.describe()} has a forward of its own and is offloaded, which together is not "
+                    "supported; keep it loaded, or merge the adapter first"
+                )
+            weight = hra_weight(base.weight, us, apply_gs=apply_gs, factor=factor)
             name = next(name for name, parameter in self.base_layer.named_parameters() if parameter is base.weight)
             return functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
         wanted = factor_dtype(x.dtype)
         us = [u if factor_dtype(u.dtype) == wanted else u.to(wanted) for u in us]
         geometry = (base.stride, base.padding, base.dilation, base.padding_mode)
-        with _loaded(base):
+        with loaded(base):
             correction = conv2d_correction(x, base.weight, attach_factor(us, apply_gs, factor), *geometry)
         return self.base_layer(x, *args, **kwargs) + correction
 
@@ -81,22 +84,3 @@ def _runs_own_code(base: nn.Conv2d) -> bool:
         return True
     replaced = "forward" in vars(base) and not hasattr(base, "_hf_hook")
     return replaced or bool(base._forward_hooks or base._forward_pre_hooks)
-
-
-@contextmanager
-def _loaded(base: nn.Conv2d) -> Iterator[None]:
-    """The weight in memory, where accelerate keeps it elsewhere between forwards."""
-    hook = getattr(base, "_hf_hook", None)
-    if hook is None or base.weight.device.type != "meta":
-        yield
-        return
-    if _runs_own_code(base):
-        raise NotImplementedError(
-            f"HRA: an offloaded {type(base).__name__} with a forward of its own is not supported; keep it loaded, or "
-            "merge the adapter first"
-        )
-    hook.pre_forward(base)
-    try:
-        yield
-    finally:
-        hook.post_forward(base, torch.empty(0))

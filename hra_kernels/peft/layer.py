@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.ops import reflect_chain
 from hra_kernels.peft import merge
+from hra_kernels.peft.offload import is_offloaded, loaded
 
 _CASTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -70,12 +71,11 @@ class ReflectionLayer(HRALayer):
 
     # --- forward
 
-    def _active_chain(self) -> tuple[list[Tensor], list[bool]]:
-        """`hra_u` and `apply_GS` of the adapters to apply now, in PEFT's order: W Q_1 Q_2 ..."""
+    def _adapters_to_apply(self) -> list[str]:
+        """In PEFT's order: W Q_1 Q_2 ..."""
         if self.disable_adapters or self.merged:
-            return [], []
-        names = [name for name in self.active_adapters if name in self.hra_u]
-        return [self.hra_u[name] for name in names], [self.hra_apply_GS[name] for name in names]
+            return []
+        return [name for name in self.active_adapters if name in self.hra_u]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer with the active adapters' reflections in its weight.
@@ -92,13 +92,20 @@ class ReflectionLayer(HRALayer):
             raise NotImplementedError(MIXED_BATCH)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        us, apply_gs = self._active_chain()
-        if not us:
+        names = self._adapters_to_apply()
+        if not names:
             return self.base_layer(x, *args, **kwargs)
-        wide = x.dtype
+        if is_offloaded(self.hra_u):
+            with loaded(self.hra_u):
+                return self._cast_forward(x, names, *args, **kwargs)
+        return self._cast_forward(x, names, *args, **kwargs)
+
+    def _cast_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        given = x.dtype
         x = self._cast_for_base(x)
+        us, apply_gs = [self.hra_u[name] for name in names], [self.hra_apply_GS[name] for name in names]
         result = self._adapted_forward(x, us, apply_gs, *args, **kwargs)
-        return result if x.dtype == wide or torch.is_autocast_enabled(x.device.type) else result.to(wide)
+        return result if x.dtype == given or torch.is_autocast_enabled(x.device.type) else result.to(given)
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
         kind = x.device.type

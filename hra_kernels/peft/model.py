@@ -13,6 +13,7 @@ from torch import nn
 from hra_kernels.peft.conv import HRAConv2d
 from hra_kernels.peft.layer import MIXED_BATCH, HRALinear, ReflectionLayer
 from hra_kernels.peft.merge import require_mergeable, shared_parameters
+from hra_kernels.peft.offload import is_offloaded
 
 _LAYERS_TAKE_CONFIG = "config" in inspect.signature(PeftHRALinear.__init__).parameters
 """PEFT 0.20 and newer hand the whole config to a layer; 0.19 hands over its fields."""
@@ -79,7 +80,7 @@ class HRAModel(PeftHRAModel):
         for layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.hra_u and name not in layer.merged_adapters]
-            if names and not _is_offloaded(layer.get_base_layer()):
+            if names and not is_offloaded(layer.get_base_layer()):  # PEFT loads an offloaded one around its merge
                 require_mergeable(layer, names)
 
     def _layers(self) -> list[ReflectionLayer]:
@@ -105,8 +106,3 @@ class HRAModel(PeftHRAModel):
         if merge:
             self._check_merge_possible(adapter_names)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-
-
-def _is_offloaded(base: nn.Module) -> bool:
-    """Whether accelerate keeps the weight elsewhere; PEFT loads it around each merge."""
-    return getattr(getattr(base, "_hf_hook", None), "offload", False)

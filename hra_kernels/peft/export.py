@@ -1,0 +1,174 @@
+"""HRA adapters as LoRA adapters, exactly: what serves LoRA alone (vLLM, Diffusers, llama.cpp) can then serve HRA.
+
+    W Q - W = -(W vᵀ) t v  has rank R, so   A = v (R, D),  B = -(W vᵀ) t (N, R)   is W Q as a LoRA of rank R, scale 1
+
+For a convolution A is a (R, C, kh, kw) kernel and B a 1 x 1 convolution. Several adapters are one chain and one LoRA of
+their summed rank. B depends on the base weight: the LoRA belongs to the very base model it was exported from.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hra_kernels.ops import chain_factor
+from hra_kernels.peft.layer import HRALinear, ReflectionLayer
+
+_PREFIX = "base_model.model."
+_LORA_BIAS = {"none": "none", "all": "all", "hra_only": "lora_only"}
+
+
+@torch.no_grad()
+def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(A, B) of the LoRA that equals these adapters on this layer, in this order: W Q_1 Q_2 ... = W + B A.
+
+    Args:
+        layer: unmerged; its base layer may be quantised (a linear one, then its own forward gives W vᵀ).
+        adapter_names: those the layer does not have are passed over; one at least must be there.
+
+    Returns:
+        float32 (float64 over a float64 weight): A (R, D) and B (N, R) for a linear layer, A (R, C, kh, kw) and
+        B (N, R, 1, 1) for a convolution.
+
+    Raises:
+        ValueError: the layer is merged, has none of the adapters, or an `hra_u` is not finite.
+        NotImplementedError: a convolution whose weight is not plain floating point.
+    """
+    names = [name for name in adapter_names if name in layer.hra_u]
+    if not names:
+        raise ValueError(
+            f"{layer.describe()}: expected one of {list(layer.hra_u)} to export, got {list(adapter_names)}"
+        )
+    if layer.merged:
+        raise ValueError(f"{layer.describe()} is merged; call unmerge_adapter() before exporting")
+    for name in names:
+        if not layer.hra_u[name].isfinite().all():
+            raise ValueError(f"{layer.describe()}: hra_u of adapter {name!r} must be finite, it holds NaN or infinity")
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    plain = isinstance(weight, Tensor) and type(weight.detach()) is Tensor and weight.is_floating_point()
+    dtype = weight.dtype if plain else torch.float32
+    v, t = chain_factor([layer.hra_u[name] for name in names], [layer.hra_apply_GS[name] for name in names], dtype)
+    if plain:
+        back = -(weight.flatten(1).to(v.device, v.dtype) @ v.mT) @ t
+    elif isinstance(layer, HRALinear):
+        zero = base(torch.zeros_like(v[:1]))  # the bias, where there is one
+        back = -(base(v) - zero).to(v.dtype).mT @ t
+    else:
+        raise NotImplementedError(f"{layer.describe()}: only a plain floating-point convolution can be exported")
+    if isinstance(layer, HRALinear):
+        return v, back.contiguous()
+    return v.reshape(-1, *weight.shape[1:]), back[:, :, None, None].contiguous()
+
+
+def truncated_factors(a: Tensor, b: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
+    """The best approximation of B A of a lower rank, in O((D + N) R²): an SVD between two QR decompositions.
+
+    Args:
+        a: (R, D).
+        b: (N, R).
+        rank: the new rank; or, as a float, the share of the squared singular values to keep.
+
+    Returns:
+        (A, B) as they are where `rank` is an integer of at least R.
+    """
+    if isinstance(rank, int) and rank >= a.shape[0]:
+        return a, b
+    left, left_r = torch.linalg.qr(b.double())
+    right, right_r = torch.linalg.qr(a.double().mT)
+    first, sizes, second = torch.linalg.svd(left_r @ right_r.mT, full_matrices=False)
+    if not isinstance(rank, int):
+        energy = sizes.square().cumsum(0)
+        rank = min(int(torch.searchsorted(energy, rank * energy[-1])) + 1, len(sizes))
+    b = (left @ first[:, :rank]) * sizes[:rank]
+    return (second[:rank] @ right.mT).to(a.dtype).contiguous(), b.to(a.dtype).contiguous()
+
+
+def convert_module(module: nn.Module, rank: int | float, adapter_name: str = "default") -> tuple[Tensor, Tensor, int]:
+    """(A, B, rank) for PEFT's `convert_to_lora`: exact from the adapter's own rank upwards, truncated below it."""
+    a, b = truncated_factors(*lora_factors(module, [adapter_name]), rank)
+    return a, b, a.shape[0]
+
+
+def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The LoRA adapter (configuration and tensors) that equals HRA adapters of a model.
+
+    Args:
+        model: a PEFT model with layers built after `hra_kernels.peft.enable()`.
+        adapter_names: which adapters, applied in this order; by default the active ones.
+
+    Returns:
+        `LoraConfig` and a state dict with the keys of PEFT's adapter files. Trained biases and `modules_to_save` of
+        the (single) adapter come along.
+
+    Raises:
+        TypeError: the model is not a PEFT model, or has no layer of this package.
+        ValueError: unknown adapter, merged layer, value not finite, or several adapters that carry other weights.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"lora_state: model must be a PeftModel, got {type(model).__name__}")
+    names = list(adapter_names) if adapter_names is not None else list(model.active_adapters)
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown or not names:
+        raise ValueError(f"lora_state: adapters must be among {list(model.peft_config)}, got {names}")
+    configs = [model.peft_config[name] for name in names]
+    layers = {
+        name.removeprefix(_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, ReflectionLayer) and any(adapter in module.hra_u for adapter in names)
+    }
+    if not layers:
+        raise TypeError("lora_state: no layer of hra_kernels found; call hra_kernels.peft.enable() before loading")
+    if len(names) > 1 and any(config.bias != "none" or config.modules_to_save for config in configs):
+        raise ValueError("lora_state: adapters with trained biases or modules_to_save can only be exported one by one")
+    state = {}
+    if len(names) == 1:
+        whole = get_peft_model_state_dict(model, adapter_name=names[0])
+        state = {key: tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}
+    ranks = {}
+    for name, layer in layers.items():
+        a, b = lora_factors(layer, names)
+        state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"] = a, b
+        ranks[name] = a.shape[0]
+    rank = max(ranks.values())
+    odd = {name: one for name, one in ranks.items() if one != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=odd,
+        alpha_pattern=dict(odd),
+        target_modules=list(layers),
+        bias=_LORA_BIAS[configs[0].bias],
+        modules_to_save=configs[0].modules_to_save,
+        task_type=configs[0].task_type,
+        base_model_name_or_path=configs[0].base_model_name_or_path,
+        inference_mode=True,
+    )
+    return config, {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
+
+def export_lora(
+    model: PeftModel, folder: str | Path, adapter_names: Sequence[str] | None = None, **metadata: Any
+) -> LoraConfig:
+    """Write the LoRA adapter folder (adapter_config.json, adapter_model.safetensors) that equals HRA adapters.
+
+    Args:
+        model, adapter_names: as in `lora_state`; everything is computed before the first byte is written.
+        folder: made where missing.
+        metadata: further string entries for the file's header.
+
+    Returns:
+        The configuration written.
+    """
+    config, state = lora_state(model, adapter_names)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"format": "pt", **{key: str(value) for key, value in metadata.items()}}
+    save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata=header)
+    config.save_pretrained(str(folder))
+    return config
