@@ -5,8 +5,8 @@
     model = get_peft_model(model, HRAConfig(r=8, target_modules=[...]))     # nothing else changes
 
 PEFT keeps doing what PEFT does: configs, matching of target modules, adapters by name, files. Adapter files are
-interchangeable both ways, bit for bit. What PEFT does not offer for HRA either (embeddings, mixed batches, conversion
-to LoRA) is refused with an error that says so.
+interchangeable both ways, bit for bit. `export_lora`, and PEFT's `convert_to_lora`, write an adapter as a LoRA, exactly.
+What PEFT does not offer for HRA either (embeddings, mixed batches) is refused with an error that says so.
 """
 
 from collections.abc import Iterator
@@ -35,17 +35,33 @@ import peft.mapping  # noqa: E402
 import peft.tuners.hra.model  # noqa: E402
 
 from hra_kernels.peft.conv import HRAConv2d  # noqa: E402
+from hra_kernels.peft.export import exact_conversion, export_lora  # noqa: E402
 from hra_kernels.peft.layer import HRALinear  # noqa: E402
 from hra_kernels.peft.model import HRAModel  # noqa: E402
 
-__all__ = ["SUPPORTED", "HRAConv2d", "HRALinear", "HRAModel", "disable", "enable", "enabled", "is_enabled"]
+try:
+    from peft.tuners.lora import conversion
+except ImportError:  # releases before it
+    conversion = None
+
+__all__ = [
+    "SUPPORTED",
+    "HRAConv2d",
+    "HRALinear",
+    "HRAModel",
+    "disable",
+    "enable",
+    "enabled",
+    "export_lora",
+    "is_enabled",
+]
 
 _HRA = peft.PeftType.HRA
 _replaced: dict[tuple[int, object], tuple[dict, object, object]] = {}
 
 # Everything that decides which classes PEFT builds. The mapping serves get_peft_model, PeftModel and, through
 # inject_adapter_in_model, transformers and diffusers; the two layer names serve a stock HRAModel that exists already;
-# the last three are where `HRAModel` is exported from.
+# the last three are where `HRAModel` is exported from. And what `convert_to_lora` does with one layer.
 _REPLACEMENTS = (
     (peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, _HRA, HRAModel),
     (vars(peft.tuners.hra.model), "HRALinear", HRALinear),
@@ -54,6 +70,10 @@ _REPLACEMENTS = (
     (vars(peft.tuners), "HRAModel", HRAModel),
     (vars(peft), "HRAModel", HRAModel),
 )
+if conversion is not None:
+    _REPLACEMENTS += (
+        (vars(conversion), "_convert_module_to_lora", exact_conversion(conversion._convert_module_to_lora)),
+    )
 
 
 def enable() -> None:

@@ -6,7 +6,7 @@ For a convolution A is a (R, C, kh, kw) kernel and B a 1 x 1 convolution. Severa
 their summed rank. B depends on the base weight: the LoRA belongs to the very base model it was exported from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,19 @@ def truncated_factors(a: Tensor, b: Tensor, rank: int | float) -> tuple[Tensor, 
     return (second[:rank] @ right.mT).to(a.dtype).contiguous(), b.to(a.dtype).contiguous()
 
 
-def convert_module(module: nn.Module, rank: int | float, adapter_name: str = "default") -> tuple[Tensor, Tensor, int]:
-    """(A, B, rank) for PEFT's `convert_to_lora`: exact from the adapter's own rank upwards, truncated below it."""
-    a, b = truncated_factors(*lora_factors(module, [adapter_name]), rank)
-    return a, b, a.shape[0]
+def exact_conversion(stock: Callable[..., tuple[Tensor, Tensor, int]]) -> Callable[..., tuple[Tensor, Tensor, int]]:
+    """PEFT's `_convert_module_to_lora` (a truncated SVD of a dense update), but with the factors of this package's layers.
+
+    Their (A, B, rank) is exact from the adapter's own rank upwards and the best approximation below it.
+    """
+
+    def convert(module: nn.Module, rank: int | float, adapter_name: str = "default") -> tuple[Tensor, Tensor, int]:
+        if not isinstance(module, ReflectionLayer):
+            return stock(module, rank, adapter_name)
+        a, b = truncated_factors(*lora_factors(module, [adapter_name]), rank)
+        return a, b, a.shape[0]
+
+    return convert
 
 
 def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -126,7 +135,7 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
         raise TypeError("lora_state: no layer of hra_kernels found; call hra_kernels.peft.enable() before loading")
     if len(names) > 1 and any(config.bias != "none" or config.modules_to_save for config in configs):
         raise ValueError("lora_state: adapters with trained biases or modules_to_save can only be exported one by one")
-    state = {}
+    state: dict[str, Tensor] = {}
     if len(names) == 1:
         whole = get_peft_model_state_dict(model, adapter_name=names[0])
         state = {key: tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}

@@ -64,6 +64,10 @@ class ReflectionLayer(HRALayer):
         identity = torch.eye(u.shape[0], dtype=u.dtype, device=u.device)
         return reflect_chain(identity, [u], [self.hra_apply_GS[adapter_name]], transpose=reverse)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: a chain of r reflections is exactly a LoRA of rank r. See `hra_kernels.peft.export`."""
+        return True
+
     def train(self, mode: bool = True) -> nn.Module:
         """As `nn.Module.train`. Forgets the cached factor: weights averaged by hand are swapped in around this call."""
         self._factors.clear()
