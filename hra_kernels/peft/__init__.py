@@ -5,7 +5,7 @@
     model = get_peft_model(model, HRAConfig(r=8, target_modules=[...]))     # nothing else changes
 
 PEFT keeps doing what PEFT does: configs, matching of target modules, adapters by name, files. Adapter files are
-interchangeable both ways, bit for bit. `export_lora`, and PEFT's `convert_to_lora`, write an adapter as a LoRA, exactly.
+interchangeable both ways, bit for bit. `export_lora` and PEFT's `convert_to_lora` write an adapter as a LoRA, exactly.
 What PEFT does not offer for HRA either (embeddings, mixed batches) is refused with an error that says so.
 """
 

@@ -90,9 +90,9 @@ def truncated_factors(a: Tensor, b: Tensor, rank: int | float) -> tuple[Tensor, 
 
 
 def exact_conversion(stock: Callable[..., tuple[Tensor, Tensor, int]]) -> Callable[..., tuple[Tensor, Tensor, int]]:
-    """PEFT's `_convert_module_to_lora` (a truncated SVD of a dense update), but with the factors of this package's layers.
+    """PEFT's `_convert_module_to_lora` (a truncated SVD of a dense update), with this package's layers taken exactly.
 
-    Their (A, B, rank) is exact from the adapter's own rank upwards and the best approximation below it.
+    Their (A, B, rank) is exact from the adapter's own rank upwards, and the best approximation below it.
     """
 
     def convert(module: nn.Module, rank: int | float, adapter_name: str = "default") -> tuple[Tensor, Tensor, int]:
