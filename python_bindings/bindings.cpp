@@ -1,5 +1,5 @@
-// hra_kernels._native: integers in, checked here, passed on to csrc/hra.h. Pointers are tensors' data_ptr(); outputs come
-// first. Every call releases the GIL.
+// hra_kernels._native: integers in, checked here, passed on to csrc/hra.h. Pointers are tensors' data_ptr(); outputs
+// come first. Every call releases the GIL.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -57,9 +57,7 @@ class Call {
   }
 
  private:
-  static uintptr_t element_size(DType dtype) {
-    return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-  }
+  static uintptr_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
   void* pointer(const char* name, uintptr_t value, int64_t count, uintptr_t alignment) const {
     if (value == 0 && count > 0) fail(op_, name, "a pointer to " + std::to_string(count) + " elements", "null");
     if (value % alignment != 0)

@@ -1,5 +1,5 @@
-// What the per-instruction-set kernels share with the code that is compiled once. Nothing here may be an inline function
-// or a template that emits code: a copy compiled for AVX-512 could be linked into the baseline path.
+// What the per-instruction-set kernels share with the code that is compiled once. Nothing here may be an inline
+// function or a template that emits code: a copy compiled for AVX-512 could be linked into the baseline path.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,8 @@
 
 namespace hra::cpu {
 
-// Runs work(task, context) for every task in [0, tasks) on torch's own OpenMP pool where the process has one (parallel.cpp).
+// Runs work(task, context) for every task in [0, tasks) on torch's own OpenMP pool where the process has one
+// (parallel.cpp).
 void run_tasks(int tasks, int num_threads, void (*work)(int task, void* context), void* context);
 
 // 64-byte aligned memory for one call; throws std::bad_alloc.

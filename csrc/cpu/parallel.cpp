@@ -1,10 +1,10 @@
 // Threads and memory, compiled once for the baseline instruction set.
 //
-// PyTorch's CPU kernels run on an OpenMP pool. A second pool, of our own or of another OpenMP runtime, would leave twice
-// as many threads spinning as there are cores. So nothing is linked: the entry points of the runtime that the process
-// already has are looked up by name (libgomp, and libomp and libiomp5 under the same names), and the team has the size
-// that torch's own regions have, because libgomp ends the surplus threads of a pool when a smaller team starts. Where there
-// is no runtime, std::thread serves.
+// PyTorch's CPU kernels run on an OpenMP pool. A second pool, of our own or of another OpenMP runtime, would leave
+// twice as many threads spinning as there are cores. So nothing is linked: the entry points of the runtime that the
+// process already has are looked up by name (libgomp, and libomp and libiomp5 under the same names), and the team has
+// the size that torch's own regions have, because libgomp ends the surplus threads of a pool when a smaller team
+// starts. Where there is no runtime, std::thread serves.
 #include <dlfcn.h>
 
 #include <atomic>

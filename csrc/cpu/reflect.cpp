@@ -3,9 +3,9 @@
 //   forward    p = x vᵀ,  s = -p m,  y = x + s v
 //   backward   q = dy vᵀ,  b = -q mᵀ,  dx = dy + b v,  a = -p m,  dv = sum over rows of a dy + b x,  dm = -pᵀ q
 //
-// A block of rows stays in L2 between its product with vᵀ and its update, so memory sees the 2 M D elements of the forward
-// and the 3 M D of the backward once. Arithmetic: 2 R multiply-adds an element forward, 4 R backward; at R = 8 and two
-// 16-lane units that is 8 and 16 cycles for 64 bytes.
+// A block of rows stays in L2 between its product with vᵀ and its update, so memory sees the 2 M D elements of the
+// forward and the 3 M D of the backward once. Arithmetic: 2 R multiply-adds an element forward, 4 R backward; at R = 8
+// and two 16-lane units that is 8 and 16 cycles for 64 bytes.
 //
 // Each task owns one contiguous range of rows, and dv and dm of its own: first summed in registers over a block, then
 // over the blocks, then over the tasks in their order. The result depends on the number of tasks and on nothing else.
@@ -15,8 +15,8 @@
 namespace hra::cpu::HRA_ISA {
 namespace {
 
-// 24 vectors of v for 8 columns are 12 KiB with 64-byte vectors: v and the rows streaming past fit 32 KiB of L1. A multiple of
-// every tile's number of vectors.
+// 24 vectors of v for 8 columns are 12 KiB with 64-byte vectors: v and the rows streaming past fit 32 KiB of L1. A
+// multiple of every tile's number of vectors.
 constexpr int64_t kChunkVecs = 24;
 constexpr int64_t kBlockBytes = 512 * 1024;  // of x: a quarter to a half of the L2 of current server cores
 constexpr int64_t kMaxBlockRows = 48;
@@ -62,11 +62,11 @@ HRA_INLINE void dot_group(const Block<T>& block, const T* x, int64_t stride_xm, 
   Vec<C>* sums = block.sums + g * kMaxBlockRows * kGroup;
   int64_t m = 0;
   for (; m + kDotRows <= rows; m += kDotRows)
-    dot_tile<T, kDotRows, G>(sums + m * G, first == 0, x + m * stride_xm, stride_xm, v, first, last, block.full(),
-                             block.tail());
+    dot_tile<T, kDotRows, G>(sums + m * G, first == 0, x + m * stride_xm, stride_xm, v, block.v.step(), first, last,
+                             block.full(), block.tail());
   for (; m < rows; ++m)
-    dot_tile<T, 1, G>(sums + m * G, first == 0, x + m * stride_xm, stride_xm, v, first, last, block.full(),
-                      block.tail());
+    dot_tile<T, 1, G>(sums + m * G, first == 0, x + m * stride_xm, stride_xm, v, block.v.step(), first, last,
+                      block.full(), block.tail());
 }
 
 template <class C, int G>
@@ -82,20 +82,34 @@ void dots(C* p, const Block<T>& block, const T* x, int64_t stride_xm, int64_t ro
   for (int64_t first = 0; first < vecs; first += kChunkVecs) {
     const int64_t last = smaller(vecs, first + kChunkVecs);
     for (int64_t g = 0; g < block.v.groups(); ++g) switch (block.v.width(g)) {
-        case 1: dot_group<T, 1>(block, x, stride_xm, rows, g, first, last); break;
-        case 2: dot_group<T, 2>(block, x, stride_xm, rows, g, first, last); break;
-        case 4: dot_group<T, 4>(block, x, stride_xm, rows, g, first, last); break;
-        default: dot_group<T, kGroup>(block, x, stride_xm, rows, g, first, last);
+        case 1:
+          dot_group<T, 1>(block, x, stride_xm, rows, g, first, last);
+          break;
+        case 2:
+          dot_group<T, 2>(block, x, stride_xm, rows, g, first, last);
+          break;
+        case 4:
+          dot_group<T, 4>(block, x, stride_xm, rows, g, first, last);
+          break;
+        default:
+          dot_group<T, kGroup>(block, x, stride_xm, rows, g, first, last);
       }
   }
   for (int64_t g = 0; vecs > 0 && g < block.v.groups(); ++g) {
     const Vec<C>* sums = block.sums + g * kMaxBlockRows * kGroup;
     C* to = p + g * kGroup;
     switch (block.v.width(g)) {
-      case 1: finish_dots<C, 1>(to, block.stride_s, sums, rows); break;
-      case 2: finish_dots<C, 2>(to, block.stride_s, sums, rows); break;
-      case 4: finish_dots<C, 4>(to, block.stride_s, sums, rows); break;
-      default: finish_dots<C, kGroup>(to, block.stride_s, sums, rows);
+      case 1:
+        finish_dots<C, 1>(to, block.stride_s, sums, rows);
+        break;
+      case 2:
+        finish_dots<C, 2>(to, block.stride_s, sums, rows);
+        break;
+      case 4:
+        finish_dots<C, 4>(to, block.stride_s, sums, rows);
+        break;
+      default:
+        finish_dots<C, kGroup>(to, block.stride_s, sums, rows);
     }
   }
 }
@@ -161,10 +175,17 @@ HRA_INLINE void outer_group(const Outer<T, C>& o, int64_t r, int64_t begin, int6
 template <class T, bool kTwo, class C, class C2>
 HRA_INLINE void outer(const Outer<T, C>& o, const Packed<C2>& shape, int64_t begin, int64_t end) {
   for (int64_t g = 0; g < shape.groups(); ++g) switch (shape.width(g)) {
-      case 1: outer_group<T, 1, kTwo>(o, g * kGroup, begin, end); break;
-      case 2: outer_group<T, 2, kTwo>(o, g * kGroup, begin, end); break;
-      case 4: outer_group<T, 4, kTwo>(o, g * kGroup, begin, end); break;
-      default: outer_group<T, kGroup, kTwo>(o, g * kGroup, begin, end);
+      case 1:
+        outer_group<T, 1, kTwo>(o, g * kGroup, begin, end);
+        break;
+      case 2:
+        outer_group<T, 2, kTwo>(o, g * kGroup, begin, end);
+        break;
+      case 4:
+        outer_group<T, 4, kTwo>(o, g * kGroup, begin, end);
+        break;
+      default:
+        outer_group<T, kGroup, kTwo>(o, g * kGroup, begin, end);
     }
 }
 
@@ -282,8 +303,8 @@ struct Backward {
     for (int64_t m0 = range.begin; m0 < range.end; m0 += step) {
       const int64_t rows = smaller(step, range.end - m0);
       const T* dy = static_cast<const T*>(params.dy_ptr) + m0 * params.stride_dym;
-      const T* x = static_cast<const T*>(params.x_ptr) + m0 * params.stride_xm;
-      T* dx = static_cast<T*>(params.dx_ptr) + m0 * params.stride_dxm;
+      const T* x = wants_dv ? static_cast<const T*>(params.x_ptr) + m0 * params.stride_xm : nullptr;
+      T* dx = wants_dx ? static_cast<T*>(params.dx_ptr) + m0 * params.stride_dxm : nullptr;
       dots(q_block, block, dy, params.stride_dym, rows);
       small_product(b_block, q_block, minus_m_flipped, rows, R, stride_s);
       if (wants_dv || wants_dt) {
@@ -293,17 +314,17 @@ struct Backward {
         small_product(a_block, p_block, minus_m, rows, R, stride_s);
       }
       if (wants_dt) {
-        const Outer<C, C> o{dm_sum, stride_s, false,    p_block,  q_block, stride_s,           nullptr,
-                            nullptr, 0,       stride_s, rows, stride_s / kLanes<C>, 0};
+        const Outer<C, C> o{dm_sum,  stride_s, false, p_block,  q_block, stride_s,
+                            nullptr, nullptr,  0,     stride_s, rows,    stride_s / kLanes<C>,
+                            0};
         outer<C, false>(o, block.v, 0, stride_s / kLanes<C>);
       }
       for (int64_t first = 0; first < block.v.vecs(); first += kChunkVecs) {
         const int64_t last = smaller(block.v.vecs(), first + kChunkVecs);
         if (wants_dx) apply(dx, params.stride_dxm, dy, params.stride_dym, b_block, block, rows, first, last);
         if (wants_dv) {
-          const Outer<T, C> o{dv_sum,  stride_dv, false,           a_block,  dy,   params.stride_dym,
-                              b_block, x,         params.stride_xm, stride_s, rows, block.full(),
-                              block.tail()};
+          const Outer<T, C> o{dv_sum, stride_dv,        false,    a_block, dy,           params.stride_dym, b_block,
+                              x,      params.stride_xm, stride_s, rows,    block.full(), block.tail()};
           outer<T, true>(o, block.v, first, last);
         }
       }
@@ -369,19 +390,27 @@ void backward(const ReflectBwdParams& params, int num_threads) {
 
 void reflect_fwd(const ReflectFwdParams& params, int num_threads) {
   switch (params.dtype) {
-    case DType::kFloat32: return forward<float>(params, num_threads);
-    case DType::kFloat64: return forward<double>(params, num_threads);
-    case DType::kBFloat16: return forward<BFloat16>(params, num_threads);
-    case DType::kFloat16: return forward<Float16>(params, num_threads);
+    case DType::kFloat32:
+      return forward<float>(params, num_threads);
+    case DType::kFloat64:
+      return forward<double>(params, num_threads);
+    case DType::kBFloat16:
+      return forward<BFloat16>(params, num_threads);
+    case DType::kFloat16:
+      return forward<Float16>(params, num_threads);
   }
 }
 
 void reflect_bwd(const ReflectBwdParams& params, int num_threads) {
   switch (params.dtype) {
-    case DType::kFloat32: return backward<float>(params, num_threads);
-    case DType::kFloat64: return backward<double>(params, num_threads);
-    case DType::kBFloat16: return backward<BFloat16>(params, num_threads);
-    case DType::kFloat16: return backward<Float16>(params, num_threads);
+    case DType::kFloat32:
+      return backward<float>(params, num_threads);
+    case DType::kFloat64:
+      return backward<double>(params, num_threads);
+    case DType::kBFloat16:
+      return backward<BFloat16>(params, num_threads);
+    case DType::kFloat16:
+      return backward<Float16>(params, num_threads);
   }
 }
 

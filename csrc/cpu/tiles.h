@@ -5,21 +5,24 @@
 //   outer_tile   dv[r, :] += sum_m a[m, r] dy[m, :] + b[m, r] x[m, :]
 //
 // v is packed: groups of kGroup rows, within a group vector by vector with the rows side by side. A tile then streams
-// one array; rows of v a power of two apart would compete for the same few cache lines of L1. The last group is 1, 2, 4
-// or 8 wide, padded with zero rows; so is the last vector of a row of v.
+// one array; rows of v a power of two apart would compete for the same few cache lines of L1. A group is kGroup wide,
+// or 1, 2 or 4 if R is smaller; absent rows and the rest of a row's last vector are zero.
 #pragma once
 
 #include "vec.h"
 
 namespace hra::cpu::HRA_ISA {
 
-// Accumulators: 3 x 8, 6 x 4 and 8 x 3 of 32 registers, 3 x 4, 6 x 2 and 4 x 3 of 16. Loads stay below the two per cycle
-// that the two multiply-adds per cycle leave room for.
+// Accumulators: 3 x 8, 6 x 4 and 8 x 3 of 32 registers, 3 x 4, 6 x 2 and 4 x 3 of 16. Loads stay below the two per
+// cycle that the two multiply-adds per cycle leave room for.
 constexpr int kGroup = kManyRegisters ? 8 : 4;
 constexpr int kDotRows = 3;
 constexpr int kApplyRows = 6;
 constexpr int kApplyVecs = kManyRegisters ? 4 : 2;
 constexpr int kOuterVecs = 3;
+
+// The number of rows a tile is compiled for that holds `rows` of them.
+constexpr int64_t tile_rows(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kGroup; }
 
 // A matrix v (R, D) in packed form, and how R and D are cut.
 template <class C>
@@ -30,27 +33,25 @@ struct Packed {
   static constexpr int64_t kLane = kLanes<C>;
   int64_t vecs() const { return (D + kLane - 1) / kLane; }
   int64_t groups() const { return (R + kGroup - 1) / kGroup; }
-  // Rows of group g, zero rows included.
-  int64_t width(int64_t g) const {
-    const int64_t rows = R - g * kGroup;
-    return rows > 4 ? smaller(kGroup, 8) : rows > 2 ? 4 : rows;
-  }
-  const C* at(int64_t g, int64_t vec) const { return data + (g * kGroup * vecs() + vec * width(g)) * kLane; }
-  int64_t size() const { return round_up(R, kGroup) * vecs() * kLane; }
+  int64_t width(int64_t g) const { return tile_rows(smaller(kGroup, R - g * kGroup)); }
+  // From a vector of a row to the next one: every group is laid out as wide as the first.
+  int64_t step() const { return width(0) * kLane; }
+  int64_t group_size() const { return vecs() * step(); }
+  const C* at(int64_t g, int64_t vec) const { return data + g * group_size() + vec * step(); }
+  int64_t size() const { return groups() * group_size(); }
 };
 
 template <class C>
 HRA_INLINE void pack(C* to, const Packed<C>& shape, const C* v) {
   constexpr int kLane = kLanes<C>;
-  const int64_t full = shape.D / kLane, tail = shape.D % kLane;
+  const int64_t full = shape.D / kLane, tail = shape.D % kLane, step = shape.step();
   for (int64_t g = 0; g < shape.groups(); ++g) {
-    const int64_t width = shape.width(g);
-    C* panel = to + g * kGroup * shape.vecs() * kLane;
-    for (int64_t r = 0; r < width; ++r) {
+    C* panel = to + g * shape.group_size();
+    for (int64_t r = 0; r < shape.width(0); ++r) {
       const bool real = g * kGroup + r < shape.R;
       const C* row = v + (g * kGroup + r) * shape.D;
       C* out = panel + r * kLane;
-      for (int64_t k = 0; k < full; ++k, out += width * kLane) store(out, real ? load(row + k * kLane) : Vec<C>{});
+      for (int64_t k = 0; k < full; ++k, out += step) store(out, real ? load(row + k * kLane) : Vec<C>{});
       if (tail) store(out, real ? load_first(row + full * kLane, static_cast<int>(tail)) : Vec<C>{});
     }
   }
@@ -59,8 +60,8 @@ HRA_INLINE void pack(C* to, const Packed<C>& shape, const C* v) {
 // Adds vectors [first, last) of ROWS rows of x against G rows of v to sums[row][r]; the vector at `full`, if in the
 // range, has only `tail` elements.
 template <class T, int ROWS, int G, class C = Accumulator<T>>
-HRA_INLINE void dot_tile(Vec<C>* sums, bool fresh, const T* x, int64_t stride_xm, const C* v, int64_t first,
-                         int64_t last, int64_t full, int tail) {
+HRA_INLINE void dot_tile(Vec<C>* sums, bool fresh, const T* x, int64_t stride_xm, const C* v, int64_t step,
+                         int64_t first, int64_t last, int64_t full, int tail) {
   constexpr int kLane = kLanes<C>;
   Vec<C> acc[ROWS][G];
 #pragma GCC unroll 8
@@ -70,13 +71,13 @@ HRA_INLINE void dot_tile(Vec<C>* sums, bool fresh, const T* x, int64_t stride_xm
 
   const int64_t end = smaller(last, full);
   int64_t k = first;
-  for (; k < end; ++k, v += G * kLane) {
+  for (; k < end; ++k, v += step) {
     Vec<C> row[ROWS];
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) row[m] = load(x + m * stride_xm + k * kLane);
 #pragma GCC unroll 8
     for (int r = 0; r < G; ++r) {
-      const Vec<C> vr = load(v + r * kLane);
+      const Vec<C> vr = in_register(load(v + r * kLane));
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) acc[m][r] += row[m] * vr;
     }
@@ -108,31 +109,39 @@ HRA_INLINE void apply_tile(T* y, int64_t stride_ym, const T* x, int64_t stride_x
       const T* from = x + m * stride_xm + (k + j) * kLane;
       acc[m][j] = kPartial ? load_first(from, tail) : load(from);
     }
-  for (int64_t g = 0; g < v.groups(); ++g) {
-    const int64_t width = v.width(g), rows = smaller(v.R - g * kGroup, kGroup);
-    const C* panel = v.at(g, k);
-    for (int64_t r = 0; r < rows; ++r) {
+  const int64_t step = v.step();
+  const C* panel = v.at(0, k);
+  const C* end = s + v.R;
+  do {
+    const C* group_end = s + kGroup < end ? s + kGroup : end;
+    const C* vr_ptr = panel;
+    do {
       Vec<C> vr[VECS];
 #pragma GCC unroll 8
-      for (int j = 0; j < VECS; ++j) vr[j] = load(panel + (j * width + r) * kLane);
+      for (int j = 0; j < VECS; ++j) vr[j] = load(vr_ptr + j * step);
 #pragma GCC unroll 8
       for (int m = 0; m < ROWS; ++m) {
-        const Vec<C> factor = broadcast(s[m * stride_s + g * kGroup + r]);
+        const Vec<C> factor = in_register(broadcast(s[m * stride_s]));
 #pragma GCC unroll 8
         for (int j = 0; j < VECS; ++j) acc[m][j] += factor * vr[j];
       }
-    }
-  }
+      vr_ptr += kLane;
+    } while (++s != group_end);
+    panel += v.group_size();
+  } while (s != end);
 #pragma GCC unroll 8
-  for (int m = 0; m < ROWS; ++m)
+  for (int m = 0; m < ROWS; ++m) {
+    T* to = y + m * stride_ym + k * kLane;
 #pragma GCC unroll 8
-    for (int j = 0; j < VECS; ++j) {
-      T* to = y + m * stride_ym + (k + j) * kLane;
+    for (int j = 0; j < VECS; j += 2) {
       if (kPartial)
         store_first(to, acc[m][j], tail);
+      else if (j + 1 == VECS)
+        store(to + j * kLane, acc[m][j]);
       else
-        store(to, acc[m][j]);
+        store_two(to + j * kLane, acc[m][j], acc[m][j + 1]);
     }
+  }
 }
 
 // out[r, :] (+)= sum over rows of a[m, r] first[m, :] (+ b[m, r] second[m, :]) on VECS vectors, for G values of r. The
@@ -152,7 +161,7 @@ HRA_INLINE void outer_tile(C* out, int64_t stride_out, bool fresh, const C* a, c
     }
 #pragma GCC unroll 8
     for (int r = 0; r < G; ++r) {
-      const Vec<C> factor = broadcast(a[m * stride_ab + r]);
+      const Vec<C> factor = in_register(broadcast(a[m * stride_ab + r]));
 #pragma GCC unroll 8
       for (int j = 0; j < VECS; ++j) acc[r][j] += factor * row[j];
     }
@@ -164,7 +173,7 @@ HRA_INLINE void outer_tile(C* out, int64_t stride_out, bool fresh, const C* a, c
     }
 #pragma GCC unroll 8
     for (int r = 0; r < G; ++r) {
-      const Vec<C> factor = broadcast(b[m * stride_ab + r]);
+      const Vec<C> factor = in_register(broadcast(b[m * stride_ab + r]));
 #pragma GCC unroll 8
       for (int j = 0; j < VECS; ++j) acc[r][j] += factor * row[j];
     }

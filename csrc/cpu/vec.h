@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -79,16 +79,36 @@ HRA_INLINE To bit_cast(From from) {
   return to;
 }
 
+// Keeps a value that several multiply-adds share in a register; GCC would load it again for each of them.
+template <class V>
+HRA_INLINE V in_register(V value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#elif defined(__aarch64__)
+  asm("" : "+w"(value));
+#endif
+  return value;
+}
+
 template <class C>
 HRA_INLINE Vec<C> broadcast(C value) {
-  return Vec<C>{} + value;
+  return value - Vec<C>{};  // x - 0 is x for every x, x + 0 is not: only the subtraction compiles to nothing
 }
 
 HRA_INLINE VecU32 select(VecU32 mask, VecU32 yes, VecU32 no) { return (mask & yes) | (~mask & no); }
 
-HRA_INLINE Vec<float> widen(BFloat16, VecU16 bits) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(bits, VecU32) << 16);
+// GCC 12 widens a whole register in two halves and an insertion where one instruction does.
+HRA_INLINE VecU32 widen_bits(VecU16 bits) {
+#if defined(__AVX512F__)
+  return bit_cast<VecU32>(_mm512_maskz_cvtepu16_epi32(0xffff, bit_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  return bit_cast<VecU32>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, VecU32);
+#endif
 }
+
+HRA_INLINE Vec<float> widen(BFloat16, VecU16 bits) { return bit_cast<Vec<float>>(widen_bits(bits) << 16); }
 
 // Round to nearest even; every NaN becomes 0x7fc0, as in torch.
 HRA_INLINE VecU16 narrow(BFloat16, Vec<float> value) {
@@ -111,7 +131,7 @@ HRA_INLINE VecU16 narrow(Float16, Vec<float> value) {
 #else
 // The exponent is moved by a multiplication with a power of two, which also normalises subnormal numbers.
 HRA_INLINE Vec<float> widen(Float16, VecU16 half) {
-  const VecU32 bits = __builtin_convertvector(half, VecU32);
+  const VecU32 bits = widen_bits(half);
   const VecU32 magnitude = (bits & 0x7fff) << 13;
   const VecU32 finite = bit_cast<VecU32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
   const VecU32 special = bit_cast<VecU32>(magnitude >= (0x7c00u << 13));
@@ -161,6 +181,36 @@ HRA_INLINE void store(float* to, Vec<float> value) {
   __builtin_memcpy(to, &value, sizeof(value));
 }
 HRA_INLINE void store(double* to, Vec<double> value) { __builtin_memcpy(to, &value, sizeof(value)); }
+
+// Two neighbouring vectors.
+template <class T>
+HRA_INLINE void store_two(T* to, Vec<Accumulator<T>> first, Vec<Accumulator<T>> second) {
+  store(to, first);
+  store(to + kLanes<Accumulator<T>>, second);
+}
+
+#if defined(__AVX512F__)
+// narrow(BFloat16) without its last shift.
+HRA_INLINE __m512i round_to_upper_half(Vec<float> value) {
+  const __m512i bits = bit_cast<__m512i>(value);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i even_rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_mask_add_epi32(even_rounded, odd, bits, _mm512_set1_epi32(0x8000));
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+
+// One shuffle takes the upper halves of both vectors: conversions compete with multiply-adds for two ports.
+template <>
+HRA_INLINE void store_two(BFloat16* to, Vec<float> first, Vec<float> second) {
+  typedef uint16_t Bits __attribute__((vector_size(64)));
+  const Bits odd = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i upper =
+      _mm512_permutex2var_epi16(round_to_upper_half(first), bit_cast<__m512i>(odd), round_to_upper_half(second));
+  __builtin_memcpy(to, &upper, sizeof(upper));
+}
+#endif
 
 // The first `count` elements; the other lanes are zero.
 template <class T>

@@ -112,7 +112,7 @@ struct Columns {
   int64_t D, R;
   const T* u;
   int64_t stride_ud, stride_ur;
-  C* rows;             // (R, D) ûᵀ, or v when the chain takes it in pairs
+  C* rows;  // (R, D) ûᵀ, or v when the chain takes it in pairs
   int exponent[kMaxRank];
   bool nonzero[kMaxRank];
   int log_phi[kMaxRank / 2];
@@ -473,7 +473,8 @@ struct Factor {
         if (!columns.has_both(pair)) continue;
         const int64_t i = 2 * pair;
         // twice the term of the diagonal: b holds dg + dgᵀ
-        b[i * stride + i] += (a[(i + 1) * stride + i] - a[i * stride + i + 1]) / __builtin_ldexp(1.0, columns.log_phi[pair]);
+        b[i * stride + i] +=
+            (a[(i + 1) * stride + i] - a[i * stride + i + 1]) / __builtin_ldexp(1.0, columns.log_phi[pair]);
       }
     }
     run([](Factor& f, int task) { f.gradient_rows(task); });
@@ -484,19 +485,27 @@ struct Factor {
 
 void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads) {
   switch (params.dtype) {
-    case DType::kFloat32: return Factor<float>(params, false, num_threads).forward(params);
-    case DType::kFloat64: return Factor<double>(params, false, num_threads).forward(params);
-    case DType::kBFloat16: return Factor<BFloat16>(params, false, num_threads).forward(params);
-    case DType::kFloat16: return Factor<Float16>(params, false, num_threads).forward(params);
+    case DType::kFloat32:
+      return Factor<float>(params, false, num_threads).forward(params);
+    case DType::kFloat64:
+      return Factor<double>(params, false, num_threads).forward(params);
+    case DType::kBFloat16:
+      return Factor<BFloat16>(params, false, num_threads).forward(params);
+    case DType::kFloat16:
+      return Factor<Float16>(params, false, num_threads).forward(params);
   }
 }
 
 void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads) {
   switch (params.dtype) {
-    case DType::kFloat32: return Factor<float>(params, true, num_threads).backward(params);
-    case DType::kFloat64: return Factor<double>(params, true, num_threads).backward(params);
-    case DType::kBFloat16: return Factor<BFloat16>(params, true, num_threads).backward(params);
-    case DType::kFloat16: return Factor<Float16>(params, true, num_threads).backward(params);
+    case DType::kFloat32:
+      return Factor<float>(params, true, num_threads).backward(params);
+    case DType::kFloat64:
+      return Factor<double>(params, true, num_threads).backward(params);
+    case DType::kBFloat16:
+      return Factor<BFloat16>(params, true, num_threads).backward(params);
+    case DType::kFloat16:
+      return Factor<Float16>(params, true, num_threads).backward(params);
   }
 }
 
