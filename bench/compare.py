@@ -20,6 +20,14 @@ from rich.table import Table
 from bench import record
 
 TURNS = 2
+_WITHOUT_EDITABLE = (
+    "import runpy, sys;"
+    "sys.meta_path = [finder for finder in sys.meta_path if not type(finder).__module__.startswith('_editable')];"
+    "import hra_kernels, os;"
+    "assert hra_kernels.__file__.startswith(os.getcwd()), 'another hra_kernels is in the way: ' + hra_kernels.__file__;"
+    "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
+)
+"""`python -m bench` with the hra_kernels of the current folder, also where one is installed in editable mode."""
 
 
 def _run(command: list[str], **options: object) -> None:
@@ -74,7 +82,15 @@ def compare(ref: str, level: str, arguments: list[str], seconds: float, console:
             for side, paths in files.items():
                 console.print(f"turn {turn + 1} of {TURNS}: {side}")
                 out = scratch / f"{side}-{turn}"
-                command = [sys.executable, "-m", "bench", level, *arguments, "--seconds", str(seconds / TURNS)]
+                command = [
+                    sys.executable,
+                    "-c",
+                    _WITHOUT_EDITABLE,
+                    level,
+                    *arguments,
+                    "--seconds",
+                    str(seconds / TURNS),
+                ]
                 environment = os.environ | {"PYTHONPATH": ""}
                 _run([*command, "--out", str(out), "--no-plots"], cwd=scratch / side, env=environment)
                 paths.append(out / f"{level}.json")

@@ -1,0 +1,1 @@
+"""Everything that needs a GPU: `python bench/gpu/run.py --help`."""
