@@ -1,7 +1,7 @@
 """The `cuda` backend: allocates what csrc/cuda/ fills, and launches it on torch's current stream.
 
-Nothing in csrc/cuda/ has run on a GPU yet: it is tested on the CPU emulation of tests/emulation.py, and serves only where
-it is asked for by name (`HRA_BACKEND=cuda` or `use_backend("cuda")`). `hra_kernels.reference` is the specification.
+Nothing in csrc/cuda/ has run on a GPU yet: it is tested on the CPU emulation (tests/emulation.py), and serves only by
+name (`HRA_BACKEND=cuda` or `use_backend("cuda")`). `hra_kernels.reference` is the specification.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,6 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-
-from hra_kernels import reference
 
 try:
     from hra_kernels import _cuda

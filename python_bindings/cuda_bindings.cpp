@@ -22,125 +22,126 @@ namespace {
 using hra::DType;
 
 [[noreturn]] void reject(const char* op, const char* argument, const std::string& expected, const std::string& got) {
-    throw std::invalid_argument(std::string(op) + ": " + argument + " must be " + expected + ", got " + got);
+  throw std::invalid_argument(std::string(op) + ": " + argument + " must be " + expected + ", got " + got);
 }
 
 void check(const char* op, hra::cuda::Status status) {
-    if (status != 0) throw std::runtime_error(std::string(op) + ": " + hra::cuda::describe(status));
+  if (status != 0) throw std::runtime_error(std::string(op) + ": " + hra::cuda::describe(status));
 }
 
 DType dtype_of(const char* op, int code) {
-    const auto dtype = static_cast<DType>(code);
-    if (dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
-        reject(op, "dtype", "0 (float32), 2 (bfloat16) or 3 (float16)", std::to_string(code));
-    }
-    return dtype;
+  const auto dtype = static_cast<DType>(code);
+  if (dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
+    reject(op, "dtype", "0 (float32), 2 (bfloat16) or 3 (float16)", std::to_string(code));
+  }
+  return dtype;
 }
 
 void check_sizes(const char* op, int64_t M, int64_t D, int64_t R) {
-    if (M < 0) reject(op, "M", "at least 0", std::to_string(M));
-    if (D < 0) reject(op, "D", "at least 0", std::to_string(D));
-    if (R < 0 || R > hra::cuda::kMaxRank) {
-        reject(op, "R", "between 0 and " + std::to_string(hra::cuda::kMaxRank), std::to_string(R));
-    }
+  if (M < 0) reject(op, "M", "at least 0", std::to_string(M));
+  if (D < 0) reject(op, "D", "at least 0", std::to_string(D));
+  if (R < 0 || R > hra::cuda::kMaxRank) {
+    reject(op, "R", "between 0 and " + std::to_string(hra::cuda::kMaxRank), std::to_string(R));
+  }
 }
 
 // Null is for tensors without elements.
 void* pointer(const char* op, const char* name, uintptr_t value, int64_t elements) {
-    if (value == 0 && elements > 0) reject(op, name, "a pointer to " + std::to_string(elements) + " elements", "null");
-    return reinterpret_cast<void*>(value);
+  if (value == 0 && elements > 0) reject(op, name, "a pointer to " + std::to_string(elements) + " elements", "null");
+  return reinterpret_cast<void*>(value);
 }
 
 void check_stride(const char* op, const char* name, int64_t stride, int64_t least, int64_t rows) {
-    if (rows > 1 && stride < least) reject(op, name, "at least " + std::to_string(least), std::to_string(stride));
+  if (rows > 1 && stride < least) reject(op, name, "at least " + std::to_string(least), std::to_string(stride));
 }
 
 void reflect_fwd(uintptr_t y, uintptr_t p, uintptr_t x, uintptr_t v, uintptr_t t, int64_t M, int64_t D, int64_t R,
                  int64_t stride_ym, int64_t stride_xm, int dtype, bool transpose, uintptr_t stream) {
-    const char* op = "reflect_fwd";
-    check_sizes(op, M, D, R);
-    check_stride(op, "stride_ym", stride_ym, D, M);
-    check_stride(op, "stride_xm", stride_xm, 0, M);
-    hra::ReflectFwdParams params{};
-    params.y_ptr = pointer(op, "y", y, M * D);
-    params.p_ptr = pointer(op, "p", p, 0);
-    params.x_ptr = pointer(op, "x", x, M * D);
-    params.v_ptr = pointer(op, "v", v, R * D);
-    params.t_ptr = pointer(op, "t", t, R * R);
-    params.M = M;
-    params.D = D;
-    params.R = R;
-    params.stride_ym = stride_ym;
-    params.stride_xm = stride_xm;
-    params.dtype = dtype_of(op, dtype);
-    params.transpose = transpose;
-    const py::gil_scoped_release release;
-    check(op, hra::cuda::reflect_fwd(params, reinterpret_cast<void*>(stream)));
+  const char* op = "reflect_fwd";
+  check_sizes(op, M, D, R);
+  check_stride(op, "stride_ym", stride_ym, D, M);
+  check_stride(op, "stride_xm", stride_xm, 0, M);
+  hra::ReflectFwdParams params{};
+  params.y_ptr = pointer(op, "y", y, M * D);
+  params.p_ptr = pointer(op, "p", p, 0);
+  params.x_ptr = pointer(op, "x", x, M * D);
+  params.v_ptr = pointer(op, "v", v, R * D);
+  params.t_ptr = pointer(op, "t", t, R * R);
+  params.M = M;
+  params.D = D;
+  params.R = R;
+  params.stride_ym = stride_ym;
+  params.stride_xm = stride_xm;
+  params.dtype = dtype_of(op, dtype);
+  params.transpose = transpose;
+  const py::gil_scoped_release release;
+  check(op, hra::cuda::reflect_fwd(params, reinterpret_cast<void*>(stream)));
 }
 
 hra::ReflectBwdParams backward_sizes(int64_t M, int64_t D, int64_t R, int dtype) {
-    const char* op = "reflect_bwd";
-    check_sizes(op, M, D, R);
-    hra::ReflectBwdParams params{};
-    params.M = M;
-    params.D = D;
-    params.R = R;
-    params.dtype = dtype_of(op, dtype);
-    return params;
+  const char* op = "reflect_bwd";
+  check_sizes(op, M, D, R);
+  hra::ReflectBwdParams params{};
+  params.M = M;
+  params.D = D;
+  params.R = R;
+  params.dtype = dtype_of(op, dtype);
+  return params;
 }
 
 int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, int dtype) {
-    int64_t bytes = 0;
-    check("reflect_bwd", hra::cuda::reflect_bwd_workspace_bytes(backward_sizes(M, D, R, dtype), bytes));
-    return bytes;
+  int64_t bytes = 0;
+  check("reflect_bwd", hra::cuda::reflect_bwd_workspace_bytes(backward_sizes(M, D, R, dtype), bytes));
+  return bytes;
 }
 
 void reflect_bwd(uintptr_t dx, uintptr_t dv, uintptr_t dt, uintptr_t dy, uintptr_t x, uintptr_t v, uintptr_t t,
                  uintptr_t p, int64_t M, int64_t D, int64_t R, int64_t stride_dxm, int64_t stride_dym,
                  int64_t stride_xm, int dtype, bool transpose, uintptr_t workspace, int64_t workspace_bytes,
                  uintptr_t stream) {
-    const char* op = "reflect_bwd";
-    hra::ReflectBwdParams params = backward_sizes(M, D, R, dtype);
-    check_stride(op, "stride_dxm", stride_dxm, D, M);
-    check_stride(op, "stride_dym", stride_dym, 0, M);
-    check_stride(op, "stride_xm", stride_xm, 0, M);
-    const bool only_dx = dt == 0;  // then dv, x and p may be null too
-    params.dx_ptr = pointer(op, "dx", dx, only_dx ? M * D : 0);
-    params.dv_ptr = pointer(op, "dv", dv, only_dx ? 0 : R * D);
-    params.dt_ptr = pointer(op, "dt", dt, 0);
-    params.dy_ptr = pointer(op, "dy", dy, M * D);
-    params.x_ptr = pointer(op, "x", x, only_dx ? 0 : M * D);
-    params.v_ptr = pointer(op, "v", v, R * D);
-    params.t_ptr = pointer(op, "t", t, R * R);
-    params.p_ptr = pointer(op, "p", p, only_dx ? 0 : M * R);
-    params.stride_dxm = stride_dxm;
-    params.stride_dym = stride_dym;
-    params.stride_xm = stride_xm;
-    params.transpose = transpose;
-    int64_t needed = 0;
-    if (!only_dx) check(op, hra::cuda::reflect_bwd_workspace_bytes(params, needed));
-    if (workspace_bytes < needed) {
-        reject(op, "workspace_bytes", "at least " + std::to_string(needed), std::to_string(workspace_bytes));
-    }
-    if (workspace % 16) reject(op, "workspace", "16-byte aligned", "an address " + std::to_string(workspace % 16) + " past");
-    const py::gil_scoped_release release;
-    check(op, hra::cuda::reflect_bwd(params, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
+  const char* op = "reflect_bwd";
+  hra::ReflectBwdParams params = backward_sizes(M, D, R, dtype);
+  check_stride(op, "stride_dxm", stride_dxm, D, M);
+  check_stride(op, "stride_dym", stride_dym, 0, M);
+  check_stride(op, "stride_xm", stride_xm, 0, M);
+  const bool only_dx = dt == 0;  // then dv, x and p may be null too
+  params.dx_ptr = pointer(op, "dx", dx, only_dx ? M * D : 0);
+  params.dv_ptr = pointer(op, "dv", dv, only_dx ? 0 : R * D);
+  params.dt_ptr = pointer(op, "dt", dt, 0);
+  params.dy_ptr = pointer(op, "dy", dy, M * D);
+  params.x_ptr = pointer(op, "x", x, only_dx ? 0 : M * D);
+  params.v_ptr = pointer(op, "v", v, R * D);
+  params.t_ptr = pointer(op, "t", t, R * R);
+  params.p_ptr = pointer(op, "p", p, only_dx ? 0 : M * R);
+  params.stride_dxm = stride_dxm;
+  params.stride_dym = stride_dym;
+  params.stride_xm = stride_xm;
+  params.transpose = transpose;
+  int64_t needed = 0;
+  if (!only_dx) check(op, hra::cuda::reflect_bwd_workspace_bytes(params, needed));
+  if (workspace_bytes < needed) {
+    reject(op, "workspace_bytes", "at least " + std::to_string(needed), std::to_string(workspace_bytes));
+  }
+  if (workspace % 16)
+    reject(op, "workspace", "16-byte aligned", "an address " + std::to_string(workspace % 16) + " past");
+  const py::gil_scoped_release release;
+  check(op, hra::cuda::reflect_bwd(params, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
 }
 
 // (v, t, u, D, R, stride_ud, stride_ur, dtype, apply_gs)
 using FactorLayer = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int, bool>;
 
 void wy_factor_fwd(const std::vector<FactorLayer>& layers, uintptr_t stream) {
-    const char* op = "wy_factor_fwd";
-    std::vector<hra::WyFactorFwdParams> params;
-    for (const auto& [v, t, u, D, R, stride_ud, stride_ur, dtype, apply_gs] : layers) {
-        check_sizes(op, 0, D, R);
-        params.push_back({pointer(op, "v", v, R * D), pointer(op, "t", t, R * R), pointer(op, "u", u, D * R), D, R,
-                          stride_ud, stride_ur, dtype_of(op, dtype), apply_gs});
-    }
-    const py::gil_scoped_release release;
-    check(op, hra::cuda::wy_factor_fwd(params.data(), static_cast<int64_t>(params.size()),
-                                       reinterpret_cast<void*>(stream)));
+  const char* op = "wy_factor_fwd";
+  std::vector<hra::WyFactorFwdParams> params;
+  for (const auto& [v, t, u, D, R, stride_ud, stride_ur, dtype, apply_gs] : layers) {
+    check_sizes(op, 0, D, R);
+    params.push_back({pointer(op, "v", v, R * D), pointer(op, "t", t, R * R), pointer(op, "u", u, D * R), D, R,
+                      stride_ud, stride_ur, dtype_of(op, dtype), apply_gs});
+  }
+  const py::gil_scoped_release release;
+  check(op,
+        hra::cuda::wy_factor_fwd(params.data(), static_cast<int64_t>(params.size()), reinterpret_cast<void*>(stream)));
 }
 
 // (du, dv, dt, u, v, t, D, R, stride_ud, stride_ur, dtype, apply_gs)
@@ -148,17 +149,17 @@ using GradientLayer = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uin
                                  int64_t, int64_t, int, bool>;
 
 void wy_factor_bwd(const std::vector<GradientLayer>& layers, uintptr_t stream) {
-    const char* op = "wy_factor_bwd";
-    std::vector<hra::WyFactorBwdParams> params;
-    for (const auto& [du, dv, dt, u, v, t, D, R, stride_ud, stride_ur, dtype, apply_gs] : layers) {
-        check_sizes(op, 0, D, R);
-        params.push_back({pointer(op, "du", du, D * R), pointer(op, "dv", dv, R * D), pointer(op, "dt", dt, R * R),
-                          pointer(op, "u", u, D * R), pointer(op, "v", v, R * D), pointer(op, "t", t, R * R), D, R,
-                          stride_ud, stride_ur, dtype_of(op, dtype), apply_gs});
-    }
-    const py::gil_scoped_release release;
-    check(op, hra::cuda::wy_factor_bwd(params.data(), static_cast<int64_t>(params.size()),
-                                       reinterpret_cast<void*>(stream)));
+  const char* op = "wy_factor_bwd";
+  std::vector<hra::WyFactorBwdParams> params;
+  for (const auto& [du, dv, dt, u, v, t, D, R, stride_ud, stride_ur, dtype, apply_gs] : layers) {
+    check_sizes(op, 0, D, R);
+    params.push_back({pointer(op, "du", du, D * R), pointer(op, "dv", dv, R * D), pointer(op, "dt", dt, R * R),
+                      pointer(op, "u", u, D * R), pointer(op, "v", v, R * D), pointer(op, "t", t, R * R), D, R,
+                      stride_ud, stride_ur, dtype_of(op, dtype), apply_gs});
+  }
+  const py::gil_scoped_release release;
+  check(op,
+        hra::cuda::wy_factor_bwd(params.data(), static_cast<int64_t>(params.size()), reinterpret_cast<void*>(stream)));
 }
 
 #ifdef HRA_EMULATION
@@ -168,19 +169,19 @@ void emulate(uint64_t seed, int capability) { hra::emulation::options = {seed, c
 }  // namespace
 
 PYBIND11_MODULE(HRA_MODULE_NAME, m) {
-    using namespace py::literals;
-    m.doc() = "CUDA kernels of hra_kernels; see csrc/hra.h.";
-    m.attr("MAX_RANK") = hra::cuda::kMaxRank;
-    m.def("reflect_fwd", &reflect_fwd, "y"_a, "p"_a, "x"_a, "v"_a, "t"_a, "M"_a, "D"_a, "R"_a, "stride_ym"_a,
-          "stride_xm"_a, "dtype"_a, "transpose"_a, "stream"_a);
-    m.def("reflect_bwd_workspace_bytes", &reflect_bwd_workspace_bytes, "M"_a, "D"_a, "R"_a, "dtype"_a);
-    m.def("reflect_bwd", &reflect_bwd, "dx"_a, "dv"_a, "dt"_a, "dy"_a, "x"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a,
-          "R"_a, "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "workspace"_a,
-          "workspace_bytes"_a, "stream"_a);
-    m.def("wy_factor_fwd", &wy_factor_fwd, "layers"_a, "stream"_a);
-    m.def("wy_factor_bwd", &wy_factor_bwd, "layers"_a, "stream"_a);
+  using namespace py::literals;
+  m.doc() = "CUDA kernels of hra_kernels; see csrc/hra.h.";
+  m.attr("MAX_RANK") = hra::cuda::kMaxRank;
+  m.def("reflect_fwd", &reflect_fwd, "y"_a, "p"_a, "x"_a, "v"_a, "t"_a, "M"_a, "D"_a, "R"_a, "stride_ym"_a,
+        "stride_xm"_a, "dtype"_a, "transpose"_a, "stream"_a);
+  m.def("reflect_bwd_workspace_bytes", &reflect_bwd_workspace_bytes, "M"_a, "D"_a, "R"_a, "dtype"_a);
+  m.def("reflect_bwd", &reflect_bwd, "dx"_a, "dv"_a, "dt"_a, "dy"_a, "x"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,
+        "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "workspace"_a, "workspace_bytes"_a,
+        "stream"_a);
+  m.def("wy_factor_fwd", &wy_factor_fwd, "layers"_a, "stream"_a);
+  m.def("wy_factor_bwd", &wy_factor_bwd, "layers"_a, "stream"_a);
 #ifdef HRA_EMULATION
-    m.def("emulate", &emulate, "seed"_a, "capability"_a,
-          "Chooses the schedule and the compute capability (times ten) of the launches that follow.");
+  m.def("emulate", &emulate, "seed"_a, "capability"_a,
+        "Chooses the schedule and the compute capability (times ten) of the launches that follow.");
 #endif
 }

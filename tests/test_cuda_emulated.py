@@ -1,6 +1,7 @@
 """The CUDA kernels on the CPU emulation: the tests every backend passes, and what only GPU kernels can get wrong.
 
-Each shared test runs under one of the emulation's schedules, picked by its name; `test_every_schedule` runs under all.
+Each shared test runs under one of the emulation's schedules, picked by its name, as on sm_80 or
+sm_90; the tests with `every_schedule` in their names run under all.
 """
 
 import zlib
@@ -25,7 +26,6 @@ from tests.test_accuracy import (  # noqa: F401
 from tests.tolerance import assert_accurate
 
 BACKEND = "cuda-emulated"
-SHARED_CAPABILITY = 80
 KERNEL_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -41,7 +41,8 @@ def backend_module(native):
 
 @pytest.fixture
 def on_backend(native, backend_module, request, monkeypatch):
-    native.emulate(zlib.crc32(request.node.name.encode()) % len(emulation.SEEDS), SHARED_CAPABILITY)
+    draw = zlib.crc32(request.node.name.encode())
+    native.emulate(draw % len(emulation.SEEDS), 90 if draw // len(emulation.SEEDS) % 2 else 80)
     monkeypatch.setitem(ops.BACKENDS, BACKEND, backend_module)
     with ops.use_backend(BACKEND):
         yield BACKEND
@@ -66,32 +67,70 @@ def make(M, D, R, dtype, pitch=None):
     return x, dy, v, torch.randn(R, R, generator=generator)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(
-    "shape",
-    [(70, 264, 8, None), (33, 131, 3, None), (33, 131, 17, 136), (5, 96, 40, 97)],
-    ids=["aligned", "odd-columns", "ragged-last-vector", "odd-rows"],
-)
-def test_every_schedule(native, backend_module, shape, dtype):
-    """Right under one schedule, and the same bits under all of them; 16-byte and scalar accesses, all padded ranks."""
+def check_every_schedule(native, kernels, shape, dtype, capability, seeds=emulation.SEEDS):
+    """Right under one schedule, and the same bits under all of them."""
     M, D, R, pitch = shape
     x, dy, v, t = make(M, D, R, dtype, pitch)
     exact = all_results(reference, x.double(), dy.double(), v.double(), t.double(), True)
     naive = all_results(reference, x, dy, v.to(dtype).float(), t.to(dtype).float(), True)
     results = []
-    for seed in emulation.SEEDS:
-        native.emulate(seed, SHARED_CAPABILITY)
-        results.append(all_results(backend_module, x, dy, v, t, True))
+    for seed in seeds:
+        native.emulate(seed, capability)
+        results.append(all_results(kernels, x, dy, v, t, True))
     assert_accurate(results[0], naive, exact, dtype, R)
     for later in results[1:]:
         for name, tensor in results[0].items():
             assert torch.equal(tensor, later[name]), name
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "shape",
+    [(70, 264, 8, None), (33, 131, 3, None), (33, 131, 17, 136), (5, 96, 40, 97)],
+    ids=["aligned", "odd-columns", "ragged-last-vector", "odd-rows"],
+)
+def test_sweeps_under_every_schedule(native, backend_module, shape, dtype):
+    """16-byte and scalar accesses, all padded ranks."""
+    check_every_schedule(native, backend_module, shape, dtype, capability=80)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "shape",
+    [(70, 1000, 8, None), (33, 301, 3, None), (20, 1100, 13, 1112)],
+    ids=["2-blocks", "1-block-odd-columns", "3-blocks-ragged-last-vector"],
+)
+def test_clusters_under_every_schedule(native, backend_module, shape, dtype):
+    check_every_schedule(native, backend_module, shape, dtype, capability=90)
+
+
+@pytest.mark.parametrize("shape", [(17, 4100, 8, None), (17, 8200, 5, None)], ids=["5-blocks", "9-blocks"])
+def test_wide_clusters(native, backend_module, shape):
+    """Slices of 1024 columns, up to 8 blocks, and clusters beyond 8."""
+    check_every_schedule(native, backend_module, shape, torch.bfloat16, capability=90, seeds=(1, 4))
+
+
+def test_where_the_cluster_path_ends(native):
+    """The workspace tells the paths apart: sweeps keep s and qm of every row there, clusters one share each."""
+
+    def floats_per_row(D, R, dtype_code, capability):
+        native.emulate(0, capability)
+        few, many = (native.reflect_bwd_workspace_bytes(rows, D, R, dtype_code) for rows in (1 << 20, 1 << 21))
+        return (many - few) / 4 / (1 << 20)
+
+    for served in [(4096, 8, 2), (4096, 16, 3), (8192, 16, 2), (16384, 8, 2)]:
+        assert floats_per_row(*served, capability=90) == 0, served
+    for not_served in [(16385, 8, 2), (16384, 16, 2), (4096, 17, 2), (4096, 8, 0)]:
+        assert floats_per_row(*not_served, capability=90) > 1, not_served
+    assert floats_per_row(4096, 8, 2, capability=80) > 1
+    # a consumer GPU has clusters, and less shared memory
+    assert floats_per_row(8192, 8, 2, capability=120) > 1
+
+
 @pytest.mark.parametrize("seed", emulation.SEEDS)
 def test_many_layers_in_one_launch(native, backend_module, seed):
     """More layers than one launch takes, of all kinds; each as if it were alone."""
-    native.emulate(seed, SHARED_CAPABILITY)
+    native.emulate(seed, 80)
     generator = torch.Generator().manual_seed(0)
     us, gs = [], []
     for i in range(34):
@@ -105,9 +144,9 @@ def test_many_layers_in_one_launch(native, backend_module, seed):
 
 
 def test_backward_in_x_alone_is_the_same(native, backend_module):
-    native.emulate(1, SHARED_CAPABILITY)
     x, dy, v, t = make(40, 136, 8, torch.bfloat16)
-    for transpose in (False, True):
+    for transpose, capability in ((False, 80), (True, 80), (True, 90)):
+        native.emulate(1, capability)
         _, p = backend_module.reflect_fwd(x, v, t, transpose)
         dx, _, _ = backend_module.reflect_bwd(dy, x, v, t, p, transpose)
         assert torch.equal(backend_module.reflect_dx(dy, v, t, transpose), dx)
@@ -115,15 +154,13 @@ def test_backward_in_x_alone_is_the_same(native, backend_module):
 
 def test_nothing_outside_is_written(native, backend_module):
     """Results land in a view; the rows around them stay as they were."""
-    native.emulate(0, SHARED_CAPABILITY)
+    native.emulate(0, 80)
     M, D, R = 21, 100, 8
     x, _, v, t = make(M, D, R, torch.bfloat16)
     framed = torch.full((M + 2, D + 24), 7.0, dtype=torch.bfloat16)
     inner = framed[1 : M + 1, 8 : D + 8]
     p = torch.empty(M, R)
-    native.reflect_fwd(
-        *(tensor.data_ptr() for tensor in (inner, p, x, v, t)), M, D, R, framed.stride(0), D, 2, True, 0
-    )
+    native.reflect_fwd(*(tensor.data_ptr() for tensor in (inner, p, x, v, t)), M, D, R, framed.stride(0), D, 2, True, 0)
     assert torch.equal(inner, backend_module.reflect_fwd(x, v, t, True)[0])
     inner.fill_(7.0)
     assert (framed == 7.0).all()

@@ -2,7 +2,8 @@
 option(HRA_EMULATION "Build the module _emulated, the CUDA kernels on the CPU, and not _cuda" OFF)
 option(HRA_EMULATION_SANITIZE "Build _emulated with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 
-set(HRA_CUDA_SOURCES cuda/launch.cu cuda/reflect_fwd.cu cuda/reflect_bwd.cu cuda/wy.cu)
+set(HRA_CUDA_SOURCES cuda/launch.cu cuda/reflect.cu cuda/sweep_fwd.cu cuda/sweep_bwd.cu cuda/cluster_fwd.cu
+                     cuda/cluster_bwd.cu cuda/wy.cu)
 
 if(HRA_EMULATION)
   set(emulated_sources ${HRA_CUDA_SOURCES} cuda/emulation/fiber.cpp cuda/emulation/machine.cpp

@@ -16,49 +16,49 @@ template <typename T>
 struct Split;
 template <>
 struct Split<bf16> {
-    static constexpr int kX = 1, kV = 2, kOrder = 1;
+  static constexpr int kX = 1, kV = 2, kOrder = 1;
 };
 template <>
 struct Split<fp16> {
-    static constexpr int kX = 2, kV = 2, kOrder = 1;
+  static constexpr int kX = 2, kV = 2, kOrder = 1;
 };
 template <>
 struct Split<float> {
-    static constexpr int kX = 3, kV = 3, kOrder = 2;
+  static constexpr int kX = 3, kV = 3, kOrder = 2;
 };
 
 // (low, high) as kTerms packed pairs whose sum is (low, high).
 template <int kTerms>
 __device__ __forceinline__ void split_pair(uint32_t (&terms)[kTerms], float low, float high) {
 #pragma unroll
-    for (int i = 0; i < kTerms; ++i) {
-        terms[i] = pack_bf16(low, high);
-        low -= float_from_bits(terms[i] << 16);
-        high -= float_from_bits(terms[i] & 0xffff0000u);
-    }
+  for (int i = 0; i < kTerms; ++i) {
+    terms[i] = pack_bf16(low, high);
+    low -= float_from_bits(terms[i] << 16);
+    high -= float_from_bits(terms[i] & 0xffff0000u);
+  }
 }
 
 // Two neighbouring activations, as they lie in a register, into terms.
 template <typename T>
 __device__ __forceinline__ void split_packed(uint32_t (&terms)[Split<T>::kX], uint32_t packed) {
-    if constexpr (Split<T>::kX == 1) {
-        terms[0] = packed;
-    } else {
-        const Pair pair = unpack(T{}, packed);
-        split_pair(terms, pair.low, pair.high);
-    }
+  if constexpr (Split<T>::kX == 1) {
+    terms[0] = packed;
+  } else {
+    const Pair pair = unpack(T{}, packed);
+    split_pair(terms, pair.low, pair.high);
+  }
 }
 
 // c += a b over the pairs of terms that count.
 template <int kOrder, int kA, int kB>
 __device__ __forceinline__ void mma_terms(float (&c)[4], const uint32_t (&a)[kA][4], const uint32_t (&b)[kB][2]) {
 #pragma unroll
-    for (int i = 0; i < kA; ++i) {
+  for (int i = 0; i < kA; ++i) {
 #pragma unroll
-        for (int j = 0; j < kB; ++j) {
-            if (i + j <= kOrder) mma(c, a[i], b[j]);
-        }
+    for (int j = 0; j < kB; ++j) {
+      if (i + j <= kOrder) mma(c, a[i], b[j]);
     }
+  }
 }
 
 }  // namespace hra::device

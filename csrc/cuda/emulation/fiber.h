@@ -6,7 +6,7 @@
 namespace hra::emulation {
 
 struct Fiber {
-    void* context = nullptr;  // stack pointer, or ucontext_t*
+  void* context = nullptr;  // stack pointer, or ucontext_t*
 };
 
 // Prepares `fiber` to run `entry` (which must never return) on the given stack at the first switch to it.

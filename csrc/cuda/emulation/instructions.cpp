@@ -11,142 +11,143 @@ namespace {
 constexpr uint32_t kFullWarp = 0xffffffff;
 
 uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
 }
 
 float float_of(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
 }
 
 uint16_t half_of(uint32_t packed, int index) { return static_cast<uint16_t>(packed >> (16 * index)); }
 
 float toward_zero(double exact) {
-    float rounded = static_cast<float>(exact);
-    if (std::isfinite(exact) && std::fabs(static_cast<double>(rounded)) > std::fabs(exact)) {
-        rounded = std::nextafter(rounded, 0.0f);
-    }
-    return rounded;
+  float rounded = static_cast<float>(exact);
+  if (std::isfinite(exact) && std::fabs(static_cast<double>(rounded)) > std::fabs(exact)) {
+    rounded = std::nextafter(rounded, 0.0f);
+  }
+  return rounded;
 }
 
 struct ShuffleArguments {
-    double value, result;
-    int lane_mask;
+  double value, result;
+  int lane_mask;
 };
 
 struct LoadArguments {
-    uint32_t* registers;
-    const void* row;
-    int count;
-    bool transpose;
+  uint32_t* registers;
+  const void* row;
+  int count;
+  bool transpose;
 };
 
 struct MmaArguments {
-    float* c;
-    const uint32_t *a, *b;
+  float* c;
+  const uint32_t *a, *b;
 };
 
 void shuffle_operation(void* const arguments[32], uint32_t mask) {
-    for (int lane = 0; lane < 32; ++lane) {
-        if (!(mask >> lane & 1)) continue;
-        auto* mine = static_cast<ShuffleArguments*>(arguments[lane]);
-        int source = lane ^ mine->lane_mask;
-        // a lane outside the mask gives an undefined value
-        mine->result = mask >> source & 1 ? static_cast<ShuffleArguments*>(arguments[source])->value : std::nan("");
-    }
+  for (int lane = 0; lane < 32; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    auto* mine = static_cast<ShuffleArguments*>(arguments[lane]);
+    int source = lane ^ mine->lane_mask;
+    // a lane outside the mask gives an undefined value
+    mine->result = mask >> source & 1 ? static_cast<ShuffleArguments*>(arguments[source])->value : std::nan("");
+  }
 }
 
 void load_operation(void* const arguments[32], uint32_t) {
-    for (int lane = 0; lane < 32; ++lane) {
-        auto* mine = static_cast<LoadArguments*>(arguments[lane]);
-        for (int matrix = 0; matrix < mine->count; ++matrix) {
-            uint16_t pair[2];
-            for (int i = 0; i < 2; ++i) {
-                int row = mine->transpose ? 2 * (lane % 4) + i : lane / 4;
-                int column = mine->transpose ? lane / 4 : 2 * (lane % 4) + i;
-                auto* from = static_cast<LoadArguments*>(arguments[8 * matrix + row]);
-                std::memcpy(&pair[i], static_cast<const char*>(from->row) + 2 * column, 2);
-            }
-            mine->registers[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
-        }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* mine = static_cast<LoadArguments*>(arguments[lane]);
+    for (int matrix = 0; matrix < mine->count; ++matrix) {
+      uint16_t pair[2];
+      for (int i = 0; i < 2; ++i) {
+        int row = mine->transpose ? 2 * (lane % 4) + i : lane / 4;
+        int column = mine->transpose ? lane / 4 : 2 * (lane % 4) + i;
+        auto* from = static_cast<LoadArguments*>(arguments[8 * matrix + row]);
+        std::memcpy(&pair[i], static_cast<const char*>(from->row) + 2 * column, 2);
+      }
+      mine->registers[matrix] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
     }
+  }
 }
 
 void mma_operation(void* const arguments[32], uint32_t) {
-    double a[16][16], b[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-        auto* mine = static_cast<MmaArguments*>(arguments[lane]);
-        int group = lane / 4, pair = 2 * (lane % 4);
-        for (int i = 0; i < 2; ++i) {
-            a[group][pair + i] = float_from_bfloat16(half_of(mine->a[0], i));
-            a[group + 8][pair + i] = float_from_bfloat16(half_of(mine->a[1], i));
-            a[group][pair + 8 + i] = float_from_bfloat16(half_of(mine->a[2], i));
-            a[group + 8][pair + 8 + i] = float_from_bfloat16(half_of(mine->a[3], i));
-            b[pair + i][group] = float_from_bfloat16(half_of(mine->b[0], i));
-            b[pair + 8 + i][group] = float_from_bfloat16(half_of(mine->b[1], i));
-        }
+  double a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* mine = static_cast<MmaArguments*>(arguments[lane]);
+    int group = lane / 4, pair = 2 * (lane % 4);
+    for (int i = 0; i < 2; ++i) {
+      a[group][pair + i] = float_from_bfloat16(half_of(mine->a[0], i));
+      a[group + 8][pair + i] = float_from_bfloat16(half_of(mine->a[1], i));
+      a[group][pair + 8 + i] = float_from_bfloat16(half_of(mine->a[2], i));
+      a[group + 8][pair + 8 + i] = float_from_bfloat16(half_of(mine->a[3], i));
+      b[pair + i][group] = float_from_bfloat16(half_of(mine->b[0], i));
+      b[pair + 8 + i][group] = float_from_bfloat16(half_of(mine->b[1], i));
     }
-    for (int lane = 0; lane < 32; ++lane) {
-        float* c = static_cast<MmaArguments*>(arguments[lane])->c;
-        for (int i = 0; i < 4; ++i) {
-            int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-            double sum = c[i];
-            for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-            c[i] = toward_zero(sum);
-        }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    float* c = static_cast<MmaArguments*>(arguments[lane])->c;
+    for (int i = 0; i < 4; ++i) {
+      int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      double sum = c[i];
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      c[i] = toward_zero(sum);
     }
+  }
 }
 
 }  // namespace
 
 uint16_t bfloat16_from_float(float value) {
-    uint32_t bits = bits_of(value);
-    if (std::isnan(value)) return 0x7fff;
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  uint32_t bits = bits_of(value);
+  if (std::isnan(value)) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 float float_from_bfloat16(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
 uint16_t float16_from_float(float value) {
-    uint16_t sign = static_cast<uint16_t>(bits_of(value) >> 16 & 0x8000);
-    if (std::isnan(value)) return 0x7fff;
-    double size = std::fabs(static_cast<double>(value));
-    if (size >= 65520.0) return sign | 0x7c00;
-    int exponent = 0;
-    std::frexp(size, &exponent);
-    if (exponent < -13) exponent = -13;  // subnormal: the step is that of the smallest normal number
-    auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 11 - exponent)));
-    // the implicit leading bit of `steps` carries into the exponent field; a subnormal has none
-    return static_cast<uint16_t>(sign | (static_cast<uint32_t>(exponent + 13) * 1024 + steps));
+  uint16_t sign = static_cast<uint16_t>(bits_of(value) >> 16 & 0x8000);
+  if (std::isnan(value)) return 0x7fff;
+  double size = std::fabs(static_cast<double>(value));
+  if (size >= 65520.0) return sign | 0x7c00;
+  if (size == 0) return sign;
+  int exponent = 0;
+  std::frexp(size, &exponent);
+  if (exponent < -13) exponent = -13;  // subnormal: the step is that of the smallest normal number
+  auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 11 - exponent)));
+  // the implicit leading bit of `steps` carries into the exponent field; a subnormal has none
+  return static_cast<uint16_t>(sign | (static_cast<uint32_t>(exponent + 13) * 1024 + steps));
 }
 
 float float_from_float16(uint16_t bits) {
-    int exponent = bits >> 10 & 31, mantissa = bits & 1023;
-    float size = exponent == 31  ? (mantissa ? std::nanf("") : INFINITY)
-                 : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                 : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-    return bits & 0x8000 ? -size : size;
+  int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  float size = exponent == 31  ? (mantissa ? std::nanf("") : INFINITY)
+               : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
+                               : std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+  return bits & 0x8000 ? -size : size;
 }
 
 double shuffle_xor(uint32_t mask, double value, int lane_mask) {
-    ShuffleArguments arguments{value, 0, lane_mask};
-    warp_collective("__shfl_xor_sync", mask, &arguments, shuffle_operation);
-    return arguments.result;
+  ShuffleArguments arguments{value, 0, lane_mask};
+  warp_collective("__shfl_xor_sync", mask, &arguments, shuffle_operation);
+  return arguments.result;
 }
 
 void ldmatrix(uint32_t* registers, int count, bool transpose, const void* row) {
-    // addresses of lanes beyond 8 * count are not used
-    if (static_cast<int>(lane_index()) < 8 * count) check_shared(row, 16, "ldmatrix");
-    LoadArguments arguments{registers, row, count, transpose};
-    warp_collective("ldmatrix", kFullWarp, &arguments, load_operation);
+  // addresses of lanes beyond 8 * count are not used
+  if (static_cast<int>(lane_index()) < 8 * count) check_shared(row, 16, "ldmatrix");
+  LoadArguments arguments{registers, row, count, transpose};
+  warp_collective("ldmatrix", kFullWarp, &arguments, load_operation);
 }
 
 void mma_bf16_16x8x16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
-    MmaArguments arguments{c, a, b};
-    warp_collective("mma.sync", kFullWarp, &arguments, mma_operation);
+  MmaArguments arguments{c, a, b};
+  warp_collective("mma.sync", kFullWarp, &arguments, mma_operation);
 }
 
 }  // namespace hra::emulation

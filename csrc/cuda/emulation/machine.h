@@ -20,20 +20,20 @@
 namespace hra::emulation {
 
 struct Dim3 {
-    unsigned x = 1, y = 1, z = 1;
+  unsigned x = 1, y = 1, z = 1;
 };
 
 struct Options {
-    uint64_t seed = 0;
-    int capability = 90;  // compute capability the kernels are told they run on, times ten
+  uint64_t seed = 0;
+  int capability = 90;  // compute capability the kernels are told they run on, times ten
 };
 extern Options options;
 
 struct LaunchShape {
-    Dim3 grid;
-    unsigned threads = 1;
-    unsigned cluster = 1;  // blocks along x
-    size_t shared_bytes = 0;
+  Dim3 grid;
+  unsigned threads = 1;
+  unsigned cluster = 1;  // blocks along x
+  size_t shared_bytes = 0;
 };
 
 // Runs `body` once per thread; returns what went wrong, or an empty string.
