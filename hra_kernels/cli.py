@@ -1,4 +1,4 @@
-"""The command line: `hra-kernels env | fetch | train | bench`.
+"""The command line: `hra-kernels env | fetch | train | export | bench`.
 
 Only torch is imported before a command is chosen; what a command needs beyond it is imported by that command, and a
 missing package is answered with the pip command that brings it.
@@ -61,6 +61,18 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="fine-tune a model with HRA, from loading to merging")
     jobs = train.add_subparsers(dest="job", required=True, metavar="JOB")
     _add_nlu(jobs)
+
+    export = commands.add_parser(
+        "export",
+        help="a saved HRA adapter as a LoRA adapter, exactly",
+        description="Write the LoRA adapter that equals a saved HRA adapter, for what serves LoRA alone (vLLM, "
+        "Diffusers, llama.cpp). It belongs to the very base model it was exported from.",
+    )
+    export.add_argument("adapter", metavar="FOLDER", help="the HRA adapter: adapter_config.json and its weights")
+    export.add_argument("--model", metavar="NAME_OR_FOLDER", help="base model (default: the one the adapter names)")
+    export.add_argument("--num-labels", type=_positive(int), metavar="N", help="classes of a classifier's head")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the LoRA adapter")
+    export.set_defaults(run=_export)
 
     bench = commands.add_parser("bench", help="the benchmarks (in a checkout): arguments go to `python -m bench`")
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -139,6 +151,10 @@ def _fetch(arguments: argparse.Namespace) -> int:
 
 def _train_nlu(arguments: argparse.Namespace) -> int:
     return _import_for("hra_kernels.recipes.nlu", "train").main(arguments)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    return _import_for("hra_kernels.recipes.export", "peft").main(arguments)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

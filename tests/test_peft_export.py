@@ -4,8 +4,10 @@ import pytest
 import torch
 from peft import HRAConfig, LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
 
 import hra_kernels.peft
+from hra_kernels import cli
 from hra_kernels.peft.export import export_lora, lora_factors, lora_state, truncated_factors
 
 
@@ -130,3 +132,22 @@ def test_errors(tmp_path):
         hra_kernels.peft.enable()
     with pytest.raises(TypeError, match=r"call hra_kernels\.peft\.enable\(\) before loading"):
         lora_state(stock)
+
+
+def test_command_line(tmp_path, capsys):
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    bert = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **settings))
+    bert.save_pretrained(tmp_path / "base")
+    tuned = HRAConfig(r=4, target_modules=["query", "dense"], task_type="SEQ_CLS", init_weights=False)
+    model = trained(get_peft_model(bert, tuned))
+    model.save_pretrained(str(tmp_path / "hra"))
+    arguments = ["export", str(tmp_path / "hra"), "--model", str(tmp_path / "base"), "--out", str(tmp_path / "lora")]
+    assert cli.main(arguments) == 0
+    assert "LoRA of rank 4 over 5 layers" in capsys.readouterr().out
+    fresh = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    lora = PeftModel.from_pretrained(fresh, str(tmp_path / "lora")).eval()
+    tokens = torch.arange(12).reshape(2, 6)
+    torch.testing.assert_close(lora(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert cli.main(["export", str(tmp_path / "lora"), "--out", str(tmp_path / "again")]) == 2
+    assert "must be an HRA adapter, it is" in capsys.readouterr().err
