@@ -1,9 +1,10 @@
 """Keeps a layer's compact WY factor between two changes of its parameters.
 
 A factor depends on parameters alone, so a training step with many micro-batches, or the generation of many tokens,
-needs it once. What counts as a change: another tensor, another version of it (any in-place operation PyTorch sees), or
-a step of any `torch.optim.Optimizer` since (some optimisers write through raw pointers, which no version shows). Code
-that writes through `.data` outside an optimiser calls `clear()`.
+needs it once. What counts as a change: another tensor, another version of it (any in-place operation PyTorch sees), a
+step of any `torch.optim.Optimizer` since (some optimisers write through raw pointers, which no version shows), and on a
+CPU any other value (weight averaging and `torch.autograd.gradcheck` write through `.data`). Comparing values would
+stall a GPU: there, code that writes through `.data` outside an optimiser calls `clear()`.
 """
 
 import weakref
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hra_kernels.ops import chain_factor
+from hra_kernels.ops import _wants_plain_ops, chain_factor
 
 _optimizer_steps = 0
 
@@ -30,14 +31,17 @@ class FactorCache:
     """One remembered `chain_factor`. Copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._entry: tuple[tuple, list[weakref.ref], tuple[Tensor, Tensor]] | None = None
+        self._entry: tuple[tuple, list[weakref.ref], list[Tensor], tuple[Tensor, Tensor]] | None = None
 
-    def get(self, us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def get(self, us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(v, t) of `ops.chain_factor` for the present values of us, in `dtype`'s factor dtype; without gradient.
 
         Computed afresh, and not kept, where keeping it would be wrong: while `torch.compile` or `torch.export` traces,
         while a CUDA graph is captured, and for tensors that carry no version (inference tensors, tensor subclasses).
+        None under `torch.func` and forward-mode AD, whose operators compute their own.
         """
+        if _wants_plain_ops():
+            return None
         if not self._may_keep(us):
             return chain_factor(us, apply_gs, dtype)
         device = us[0].device
@@ -50,10 +54,13 @@ class FactorCache:
         )
         entry = self._entry
         if entry is not None and entry[0] == key and all(kept() is u for kept, u in zip(entry[1], us, strict=True)):
-            return entry[2]
+            _, _, values, factor = entry
+            if all(torch.equal(value, u) for value, u in zip(values, us, strict=False)):
+                return factor
         with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
             factor = chain_factor(us, apply_gs, dtype)
-        self._entry = (key, [weakref.ref(u) for u in us], factor)
+            values = [u.detach().clone() for u in us] if device.type == "cpu" else []
+        self._entry = (key, [weakref.ref(u) for u in us], values, factor)
         return factor
 
     def clear(self) -> None:
