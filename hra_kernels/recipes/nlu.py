@@ -28,6 +28,7 @@ from hra_kernels import env, ops
 from hra_kernels.recipes import packages, plots, step_cost, text_data
 from hra_kernels.recipes.classifier import (
     Base,
+    Batch,
     Encoded,
     accuracy,
     hra_config,
@@ -40,9 +41,9 @@ from hra_kernels.recipes.classifier import (
 )
 from hra_kernels.recipes.errors import RecipeError
 
-STEPS, QUICK_STEPS = 300, 40
+STEPS, QUICK_STEPS = 300, 50
 QUICK_EVALUATED = 300  # validation and test sentences with --quick
-CHECKS = 10  # validation runs during training
+CHECKS, QUICK_CHECKS = 10, 5  # validation runs during training
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
 COST_ROUNDS, QUICK_COST_ROUNDS = 11, 5
 COST_SECONDS = 90  # no further round is begun after this
@@ -82,20 +83,19 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 def train(
     model: PeftModel,
-    data: Encoded,
+    batches: Iterator[Batch],
     validation: Encoded,
     steps: int,
-    batch_size: int,
+    checks_wanted: int,
     lr: float,
-    seed: int,
     console: Console,
 ) -> Training:
+    """Train in place, and leave the model as it was at the validation check with the best accuracy."""
     optimiser = optimiser_for(model, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_factor(step, steps))
-    check_every = max(1, steps // CHECKS)
+    check_every = max(1, steps // checks_wanted)
     losses, checks = [], []
     best, kept_step, state = (-1.0, 0.0), 0, {}
-    batches = shuffled_batches(data, batch_size, seed)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"))
     start = time.monotonic()
     model.train()
@@ -240,7 +240,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     before = accuracy(predict(model, test), test)
     console.print(f"before  {100 * before:.1f} % of the test split right\n")
-    training = train(model, data, validation, steps, arguments.batch_size, arguments.lr, arguments.seed, console)
+    batches = shuffled_batches(data, arguments.batch_size, arguments.seed)
+    checks = QUICK_CHECKS if arguments.quick else CHECKS
+    training = train(model, batches, validation, steps, checks, arguments.lr, console)
     trained = predict(model, test)
     after = accuracy(trained, test)
 
