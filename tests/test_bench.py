@@ -1,0 +1,221 @@
+"""The benchmark itself: that wrong results get no time, that rounds, ratios and bytes are what they are said to be."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("rich")
+pytest.importorskip("peft")
+
+from bench import __main__ as cli
+from bench import layer, model, providers, record, report, shapes, timing
+
+DEVICE = torch.device("cpu")
+SHAPE = shapes.linear(24, 64, 32)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Timed code runs as users run it; conftest's poisoning is for accuracy tests."""
+
+
+def measure(chosen, shape=SHAPE):
+    base = layer.make_base(shape, torch.float32, DEVICE)
+    inputs = [layer.make_inputs(shape, torch.float32, DEVICE, 0)]
+    case = {"name": str(shape), "dtype": "float32", "rank": 8}
+    u = layer.make_u(shape.D, 8, DEVICE)
+    run = layer.measure_case(case, base, inputs, u, chosen, 0.01, lambda text, done: None)
+    return {row["provider"]: row for row in run["rows"]}
+
+
+class Reversed(providers.PlainWY):
+    def transform(self, x):
+        return providers.plain_wy(x, self.u.flip(1))
+
+
+class DoesNothing(providers.PlainWY):
+    def transform(self, x):
+        return x + 0 * self.u.sum()
+
+
+class GradientOff(providers.PlainWY):
+    def transform(self, x):
+        return providers.plain_wy(x, self.u.detach() + 1.01 * (self.u - self.u.detach()))
+
+
+class Poisoned(providers.PlainWY):
+    def transform(self, x):
+        return super().transform(x) * math.nan
+
+
+@pytest.mark.parametrize("planted", [Reversed, DoesNothing, GradientOff, Poisoned])
+def test_a_wrong_method_gets_no_time(planted):
+    rows = measure([providers.BY_NAME["frozen"], providers.Provider("planted", "planted", wrap=planted, hra=True)])
+    assert rows["planted"]["why"].startswith("wrong")
+    assert "seconds" not in rows["planted"] and "ratio" not in rows["planted"]
+    assert rows["frozen"]["ratio"]["median"] == 1
+
+
+@pytest.mark.parametrize("name", [provider.name for provider in providers.PROVIDERS if provider.name != "wy-compile"])
+def test_every_method_is_right_and_timed(name):
+    row = measure([providers.BY_NAME[name]])[name]
+    if row["why"]:
+        assert name == "torch-householder" and row["why"].startswith("not available"), row["why"]
+    else:
+        assert row["seconds"]["median"] > 0 and max(row["error"].values()) < 1e-5
+
+
+def test_a_convolution_is_measured_and_linear_only_methods_say_so():
+    chosen = [providers.BY_NAME[name] for name in ("frozen", "ours", "ours-nn", "wy-eager", "peft-hra")]
+    rows = measure(chosen, shapes.conv2d("conv", 2, 4, 6, 5, 3))
+    assert "not available: written for nn.Linear" in rows["wy-eager"]["why"]
+    assert all("seconds" in rows[name] for name in ("frozen", "ours", "ours-nn", "peft-hra"))
+
+
+def test_our_layer_is_ours_and_peft_hra_is_pefts():
+    import hra_kernels.peft
+
+    layers = {}
+    for name in ("ours", "peft-hra"):
+        with hra_kernels.peft.enabled():  # whatever the caller had switched on
+            layers[name] = providers.BY_NAME[name].build(nn.Linear(8, 8), 2)
+    assert type(layers["ours"]).__module__.startswith("hra_kernels.")
+    assert type(layers["peft-hra"]).__module__.startswith("peft.")
+
+
+def test_a_whole_model_that_ignores_its_adapters_is_refused():
+    from bench.models import MODELS
+
+    spec = MODELS["llama-tiny"]
+    torch.manual_seed(0)
+    base = spec.build()
+    batch = spec.batch(torch.Generator().manual_seed(0))
+    check = model.ModelCheck(base, spec, 8, batch, torch.float32)
+    for wrap, right in ((providers.PlainWY, True), (DoesNothing, False), (Reversed, False)):
+        provider = providers.Provider("planted", "planted", wrap=wrap, hra=True)
+        wrong = check(provider, model.adapt(provider, base, spec, 8, DEVICE))[1]
+        assert (wrong is None) == right
+
+
+def test_rounds_are_shared_and_the_slow_sit_out():
+    def sampler(seconds):
+        def sample():
+            time.sleep(seconds)
+            return seconds
+
+        return sample
+
+    samplers = {"floor": sampler(1e-4), "fast": sampler(1e-4), "slow": sampler(1e-2)}
+    result = timing.interleave(samplers, "floor", 0.05, min_rounds=4, max_rounds=20)
+    assert len(result.taken["slow"]) == 4
+    assert sorted(result.taken["floor"]) == list(range(result.rounds))
+    assert timing.ratio_to_floor(result.taken["slow"], result.taken["floor"])["median"] == pytest.approx(100)
+
+
+def test_a_ratio_is_taken_within_its_round():
+    drifting = {k: 1.0 + k for k in range(10)}
+    twice = {k: 2 * seconds for k, seconds in drifting.items()}
+    assert timing.ratio_to_floor(twice, drifting) == {"median": 2, "p20": 2, "p80": 2, "rounds": 10}
+
+
+def test_disturbed_rounds_are_repeated_and_counted(monkeypatch):
+    answers = iter([True, True, False] + [False] * 3 + [True] * 100)
+    monkeypatch.setattr(timing.OtherLoad, "disturbed", lambda self: next(answers))
+    counter = iter(range(1000))
+    result = timing.interleave({"a": lambda: float(next(counter))}, "a", 1e-9, min_rounds=5)
+    assert (result.rounds, result.repeated, result.disturbed) == (5, 5, 1)
+    assert next(iter(result.taken["a"].values())) == 3  # call 0 is the estimate, 1 and 2 were thrown away
+
+
+def test_a_touched_parameter_has_a_new_version_and_its_value():
+    u = nn.Parameter(torch.randn(3))
+    before, version = u.detach().clone(), u._version
+    timing.touch_parameters([u])()
+    assert u._version > version and torch.equal(u, before)
+
+
+def test_saved_bytes_counts_storages_once_and_without_the_known():
+    x, w = torch.randn(100, 10, requires_grad=True), torch.randn(100, 10, requires_grad=True)
+    assert timing.saved_bytes(lambda: x * w, []) == 8000
+    assert timing.saved_bytes(lambda: x * w, [w]) == 4000
+    assert timing.saved_bytes(lambda: (x * x, x.view(10, 100) * 2), []) == 4000
+
+
+def test_peak_bytes_sees_what_is_held_at_once():
+    def run():
+        a = torch.ones(2**18)
+        b = torch.ones(2**19)
+        del a
+        return torch.ones(2**17) + b[: 2**17]
+
+    assert timing.peak_bytes(run, DEVICE) == 4 * (2**18 + 2**19)
+
+
+def test_result_files_replace_a_case_and_hold_no_nan(tmp_path):
+    path = tmp_path / "x" / "layer.json"
+    first, second = ({"case": {"name": name}, "rows": [{"values": {"a": math.nan}}]} for name in "ab")
+    record.save(path, "layer", [first, second])
+    record.save(path, "layer", [{"case": {"name": "a"}, "rows": []}])
+    runs = {run["case"]["name"]: run for run in record.load(path)["runs"]}
+    assert runs["a"]["rows"] == [] and runs["b"]["rows"][0]["values"]["a"] is None
+    path.write_text(json.dumps({"schema": 99}))
+    with pytest.raises(ValueError, match="expected schema 1, got 99"):
+        record.load(path)
+
+
+LEVELS = {
+    "op": ["--shapes", "24x64x1", "--ranks", "4", "--dtypes", "float32", "--backends", "reference"],
+    "layer": ["--shapes", "24x64x32", "--providers", "frozen", "ours", "lora"],
+    "model": ["--models", "llama-tiny", "--providers", "frozen", "ours"],
+    "numerics": ["--size", "64", "--measures", "orthogonality", "identity"],
+    "scaling": ["--over", "layers", "--values", "2", "--providers", "frozen", "ours"],
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_leaves_a_file_a_table_and_plots(level, tmp_path, capsys):
+    out = tmp_path / "bench" / "results" / "machine"
+    arguments = [level, *LEVELS[level], "--seconds", "0.01", "--threads", "1", "--device", "cpu", "--out", str(out)]
+    assert cli.main(arguments) == 0
+    assert ("x.clone()" if level == "op" else "hra_kernels") in capsys.readouterr().out
+    content = record.load(out / f"{level}.json")
+    meta = content["runs"][0]["meta"]
+    assert content["level"] == level and meta["versions"]["torch"] and meta["cpu"]["threads"] == 1
+    assert level == "numerics" or list(out.glob(f"{level}*.svg"))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:results -->\nold\n<!-- /bench:results -->\nafter\n")
+    assert cli.main(["report", "--results", str(out.parent), "--readme", str(readme)]) == 0
+    filled = readme.read_text()
+    assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
+    assert "### machine" in filled and (level == "scaling" or "| --- |" in filled)
+
+
+def test_a_file_without_markers_is_left_alone():
+    with pytest.raises(ValueError, match="expected the markers"):
+        report.fill("no markers", "content")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["layer", "--shapes", "12x"], "shape: expected MxDxN"),
+        (["layer", "--shapes", "0x4x4"], "shape: expected MxDxN"),
+        (["layer", "--providers", "nobody"], "expected one of frozen"),
+        (["layer", "--seconds", "-1"], "expected a positive number"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
