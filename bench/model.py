@@ -169,6 +169,7 @@ def measure_case(spec: models.Model, options: argparse.Namespace, progress: Prog
                 row["why"] = wrong and f"wrong: {wrong}"
             if row["why"] is None:
                 timed = training_step(model, spec, batch)
+                timed.run(0)
                 row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
                 samplers[provider.name] = timing.wall_sampler(timed, device)
         except catalogue.Unavailable as reason:

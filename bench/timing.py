@@ -70,7 +70,9 @@ def cpu_sampler(variant: Variant, sets: int) -> Callable[[], float]:
         if spent > WARM_UP_S:
             break
     calls = sets * max(1, math.ceil(MIN_SAMPLE_S / fastest / sets))
-    return lambda: sum(once(i % sets) for i in range(calls)) / calls
+    sample = lambda: sum(once(i % sets) for i in range(calls)) / calls  # noqa: E731
+    sample.cost = calls * fastest
+    return sample
 
 
 def cuda_sampler(variant: Variant, sets: int) -> Callable[[], float]:
@@ -112,9 +114,9 @@ def cuda_sampler(variant: Variant, sets: int) -> Callable[[], float]:
         return begin.elapsed_time(end) / 1e3 / passes / sets
 
     passes = max(1, math.ceil(MIN_SAMPLE_S / max(timed(1) * sets, 1e-7)))
-    sampler = lambda: timed(passes)  # noqa: E731
-    sampler.method = "queued" if behind_sleep else "graph"
-    return sampler
+    sample = lambda: timed(passes)  # noqa: E731
+    sample.method = "queued" if behind_sleep else "graph"
+    return sample
 
 
 def sampler(variant: Variant, device: torch.device, sets: int = 1) -> Callable[[], float]:
@@ -213,21 +215,24 @@ def interleave(
     samplers: dict[str, Callable[[], float]],
     floor: str | None,
     seconds: float,
-    min_rounds: int = 5,
+    min_rounds: int | None = None,
     max_rounds: int = 200,
     advance: Callable[[float], None] = lambda fraction: None,
 ) -> Rounds:
-    """Measure in shuffled rounds over about `seconds`; the floor runs in every round.
+    """Measure in shuffled rounds over about `seconds`; the floor runs in every round, everything in at least 5, or in
+    3 where one call takes over a second.
 
     A round disturbed by other processes is thrown away and repeated, until as many have been repeated as are wanted.
     """
-    estimate = {}
+    cost = {}
     for name, sample in samplers.items():
         start = time.perf_counter()
-        sample()
-        estimate[name] = time.perf_counter() - start
+        if not hasattr(sample, "cost"):
+            sample()
+        cost[name] = getattr(sample, "cost", time.perf_counter() - start)
     share = seconds / max(len(samplers), 1)
-    count = {name: max(min_rounds, min(max_rounds, int(share / cost))) for name, cost in estimate.items()}
+    least = {name: min_rounds or (3 if cost[name] > 1 else 5) for name in samplers}
+    count = {name: max(least[name], min(max_rounds, int(share / cost[name]))) for name in samplers}
     rounds = max(count.values(), default=0)
     if floor in count:
         count[floor] = rounds
@@ -266,8 +271,7 @@ def ratio_to_floor(taken: dict[int, float], floor: dict[int, float]) -> dict:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory `run` holds at once on top of what was allocated before it."""
-    run()
+    """The most memory `run`, which has run before, holds at once on top of what was allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
