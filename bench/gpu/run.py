@@ -68,7 +68,7 @@ class Session:
         if self.left() < least:
             raise OutOfTime(f"{self.left():.0f} s left, {least:.0f} s wanted for {' '.join(command[:6])}")
         LOGS.mkdir(parents=True, exist_ok=True)
-        settings = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "4"} | environment
+        settings = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment
         with (LOGS / f"{stage}.log").open("a") as log:
             print("$", *command, file=log, flush=True)
             start = log.tell()
@@ -304,6 +304,7 @@ def bench(level: str) -> Callable[[Session], str]:
                 continue
             seconds = "0.5" if session.rehearse else {"model": "12"}.get(level, "4")
             common = ["--device", session.device, "--seconds", seconds, "--out", str(RESULTS)]
+            common += ["--threads", "1"] if session.rehearse else []
             try:
                 session.python(f"bench-{level}", "-m", "bench", level, *arguments, *common, least=40)
                 done.append(name)
