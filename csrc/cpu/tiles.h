@@ -64,36 +64,38 @@ HRA_INLINE void dot_tile(Vec<C>* sums, bool fresh, const T* x, int64_t stride_xm
                          int64_t first, int64_t last, int64_t full, int tail) {
   constexpr int kLane = kLanes<C>;
   Vec<C> acc[ROWS][G];
-#pragma GCC unroll 8
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 8
+  HRA_UNROLL
+  for (int m = 0; m < ROWS; ++m) {
+    HRA_UNROLL
     for (int r = 0; r < G; ++r) acc[m][r] = fresh ? Vec<C>{} : sums[m * G + r];
+  }
 
   const int64_t end = smaller(last, full);
   int64_t k = first;
   for (; k < end; ++k, v += step) {
     Vec<C> row[ROWS];
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int m = 0; m < ROWS; ++m) row[m] = load(x + m * stride_xm + k * kLane);
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int r = 0; r < G; ++r) {
       const Vec<C> vr = in_register(load(v + r * kLane));
-#pragma GCC unroll 8
+      HRA_UNROLL
       for (int m = 0; m < ROWS; ++m) acc[m][r] += row[m] * vr;
     }
   }
   if (k < last) {
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int m = 0; m < ROWS; ++m) {
       const Vec<C> row = load_first(x + m * stride_xm + k * kLane, tail);
-#pragma GCC unroll 8
+      HRA_UNROLL
       for (int r = 0; r < G; ++r) acc[m][r] += row * load(v + r * kLane);
     }
   }
-#pragma GCC unroll 8
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 8
+  HRA_UNROLL
+  for (int m = 0; m < ROWS; ++m) {
+    HRA_UNROLL
     for (int r = 0; r < G; ++r) sums[m * G + r] = acc[m][r];
+  }
 }
 
 // y = x + s v on VECS vectors of ROWS rows from vector k on; the last one has `tail` elements if kPartial.
@@ -102,13 +104,14 @@ HRA_INLINE void apply_tile(T* y, int64_t stride_ym, const T* x, int64_t stride_x
                            const Packed<C>& v, int64_t k, int tail) {
   constexpr int kLane = kLanes<C>;
   Vec<C> acc[ROWS][VECS];
-#pragma GCC unroll 8
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 8
+  HRA_UNROLL
+  for (int m = 0; m < ROWS; ++m) {
+    HRA_UNROLL
     for (int j = 0; j < VECS; ++j) {
       const T* from = x + m * stride_xm + (k + j) * kLane;
       acc[m][j] = kPartial ? load_first(from, tail) : load(from);
     }
+  }
   const int64_t step = v.step();
   const C* panel = v.at(0, k);
   const C* end = s + v.R;
@@ -117,22 +120,22 @@ HRA_INLINE void apply_tile(T* y, int64_t stride_ym, const T* x, int64_t stride_x
     const C* vr_ptr = panel;
     do {
       Vec<C> vr[VECS];
-#pragma GCC unroll 8
+      HRA_UNROLL
       for (int j = 0; j < VECS; ++j) vr[j] = load(vr_ptr + j * step);
-#pragma GCC unroll 8
+      HRA_UNROLL
       for (int m = 0; m < ROWS; ++m) {
         const Vec<C> factor = in_register(broadcast(s[m * stride_s]));
-#pragma GCC unroll 8
+        HRA_UNROLL
         for (int j = 0; j < VECS; ++j) acc[m][j] += factor * vr[j];
       }
       vr_ptr += kLane;
     } while (++s != group_end);
     panel += v.group_size();
   } while (s != end);
-#pragma GCC unroll 8
+  HRA_UNROLL
   for (int m = 0; m < ROWS; ++m) {
     T* to = y + m * stride_ym + k * kLane;
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int j = 0; j < VECS; j += 2) {
       if (kPartial)
         store_first(to, acc[m][j], tail);
@@ -154,51 +157,52 @@ HRA_INLINE void outer_tile(C* out, int64_t stride_out, bool fresh, const C* a, c
   Vec<C> acc[G][VECS] = {};
   for (int64_t m = 0; m < rows; ++m) {
     Vec<C> row[VECS];
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int j = 0; j < VECS; ++j) {
       const T* from = first + m * stride_first + j * kLane;
       row[j] = kPartial ? load_first(from, tail) : load(from);
     }
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int r = 0; r < G; ++r) {
       const Vec<C> factor = in_register(broadcast(a[m * stride_ab + r]));
-#pragma GCC unroll 8
+      HRA_UNROLL
       for (int j = 0; j < VECS; ++j) acc[r][j] += factor * row[j];
     }
     if (!kTwo) continue;
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int j = 0; j < VECS; ++j) {
       const T* from = second + m * stride_second + j * kLane;
       row[j] = kPartial ? load_first(from, tail) : load(from);
     }
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int r = 0; r < G; ++r) {
       const Vec<C> factor = in_register(broadcast(b[m * stride_ab + r]));
-#pragma GCC unroll 8
+      HRA_UNROLL
       for (int j = 0; j < VECS; ++j) acc[r][j] += factor * row[j];
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < G; ++r)
-#pragma GCC unroll 8
+  HRA_UNROLL
+  for (int r = 0; r < G; ++r) {
+    HRA_UNROLL
     for (int j = 0; j < VECS; ++j) {
       C* to = out + r * stride_out + j * kLane;
       store(to, fresh ? acc[r][j] : load(to) + acc[r][j]);
     }
+  }
 }
 
 // Lane l of the result adds, for the bit K of l, the two lanes l and l ^ K of a (bit clear) or of b (bit set).
 template <class C, int K>
 HRA_INLINE Vec<C> fold(Vec<C> a, Vec<C> b) {
   typename VecOf<C>::index keep, swap;
-#pragma GCC unroll 16
+  HRA_UNROLL
   for (int l = 0; l < kLanes<C>; ++l) {
     keep[l] = (l & K) ? kLanes<C> + l : l;
     swap[l] = (l & K) ? kLanes<C> + (l ^ K) : l ^ K;
   }
 #if defined(__clang__)
   Vec<C> kept, swapped;
-#pragma GCC unroll 16
+  HRA_UNROLL
   for (int l = 0; l < kLanes<C>; ++l) {
     kept[l] = (l & K) ? b[l] : a[l];
     swapped[l] = (l & K) ? b[l ^ K] : a[l ^ K];
@@ -215,10 +219,10 @@ HRA_INLINE void sum_lanes(C* sums, const Vec<C>* vectors) {
   constexpr int kLane = kLanes<C>;
   if constexpr ((G == 8 || G == 4) && (kLane == G || kLane == 2 * G)) {
     Vec<C> part[G];
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int r = 0; r < G; ++r) part[r] = vectors[r];
     if constexpr (G == 8) {
-#pragma GCC unroll 8
+      HRA_UNROLL
       for (int r = 0; r < 4; ++r) part[r] = fold<C, kLane / 2>(part[r], part[r + 4]);
     }
     constexpr int kNext = G == 8 ? kLane / 4 : kLane / 2;
@@ -226,14 +230,14 @@ HRA_INLINE void sum_lanes(C* sums, const Vec<C>* vectors) {
     part[1] = fold<C, kNext>(part[1], part[3]);
     part[0] = fold<C, kNext / 2>(part[0], part[1]);
     if constexpr (kLane == 2 * G) part[0] = fold<C, 1>(part[0], part[0]);
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int r = 0; r < G; ++r) sums[r] = part[0][r * (kLane / G)];
   } else {
-#pragma GCC unroll 8
+    HRA_UNROLL
     for (int r = 0; r < G; ++r) {
       Vec<C> part = vectors[r];
       C sum = 0;
-#pragma GCC unroll 16
+      HRA_UNROLL
       for (int l = 0; l < kLane; ++l) sum += part[l];
       sums[r] = sum;
     }

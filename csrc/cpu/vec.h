@@ -12,7 +12,13 @@
 #include <immintrin.h>
 #endif
 
+// Sanitizer builds define these two as less: every access in every copy of a tile would be instrumented.
+#if !defined(HRA_INLINE)
 #define HRA_INLINE inline __attribute__((always_inline))
+#endif
+#if !defined(HRA_UNROLL)  // before each loop over the registers of a tile
+#define HRA_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace hra::cpu::HRA_ISA {
 

@@ -168,12 +168,12 @@ void gram_rows(double* g, int64_t stride, const C* a, const C* b, int64_t R, int
     int64_t d = 0;
     for (; d + kLane <= D; d += kLane) {
       Vec<double> from_b[kSide];
-#pragma GCC unroll 4
+      HRA_UNROLL
       for (int j = 0; j < kSide; ++j) from_b[j] = load_wide(row_b[j] + d);
-#pragma GCC unroll 4
+      HRA_UNROLL
       for (int i = 0; i < kSide; ++i) {
         const Vec<double> from_a = load_wide(row_a[i] + d);
-#pragma GCC unroll 4
+        HRA_UNROLL
         for (int j = 0; j < kSide; ++j) acc[i][j] += from_a * from_b[j];
       }
     }
@@ -196,21 +196,21 @@ HRA_INLINE void combine(double* out, const double* coefficients, int64_t stride,
   for (int64_t i = 0; i < rows; i += kRows)
     for (int64_t d = 0; d < kSlice; d += 2 * kLane) {
       Vec<double> acc[kRows][2];
-#pragma GCC unroll 4
+      HRA_UNROLL
       for (int k = 0; k < kRows; ++k) {
         acc[k][0] = load(out + (i + k) * kSlice + d);
         acc[k][1] = load(out + (i + k) * kSlice + d + kLane);
       }
       for (int64_t j = 0; j < R; ++j) {
         const Vec<double> first = load(in + j * kSlice + d), second = load(in + j * kSlice + d + kLane);
-#pragma GCC unroll 4
+        HRA_UNROLL
         for (int k = 0; k < kRows; ++k) {
           const Vec<double> factor = broadcast(coefficients[(i + k) * stride + j]);
           acc[k][0] += factor * first;
           acc[k][1] += factor * second;
         }
       }
-#pragma GCC unroll 4
+      HRA_UNROLL
       for (int k = 0; k < kRows; ++k) {
         store(out + (i + k) * kSlice + d, acc[k][0]);
         store(out + (i + k) * kSlice + d + kLane, acc[k][1]);
