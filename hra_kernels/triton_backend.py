@@ -3,8 +3,9 @@
 Kernels are in `triton_kernels` (reflect) and `triton_factor_kernels` (wy_factor), tile sizes in `tuning`. With
 TRITON_INTERPRET=1 in the environment the same functions serve CPU tensors, through Triton's interpreter.
 
-R <= 64 columns: forward and dx are one launch, backward three (or two, where nothing has to be added up). More columns:
-forward three launches, backward six. Nothing is specialised on M, so a new batch size compiles nothing.
+Forward and dx are one launch up to 64 columns, three above. Backward is two launches up to 32 columns, five up to 64,
+six above, and one more where partial sums have to be added up. Nothing is specialised on M: a new batch size compiles
+nothing.
 """
 
 import contextlib
@@ -23,12 +24,16 @@ from hra_kernels.tuning import (
     ROW_PROGRAMS,
     SCALE_BLOCK_D,
     SUM_BLOCK,
+    LaunchConfig,
     select_config,
 )
 
 MAX_RANK = 256
 FUSED_RANK = 64
-"""Up to here p, m and dt of a row block fit on the chip. More columns go 64 at a time through kernels of their own."""
+"""Up to here p and m of a row block fit on the chip. More columns go 64 at a time through kernels of their own."""
+
+FUSED_BACKWARD_RANK = 32
+"""Up to here q, p, m and dt do. More columns spill registers: the products of size R are kernels of their own."""
 
 
 def _interpreted() -> bool:
@@ -46,7 +51,7 @@ def why_unavailable() -> str | None:
 
 @functools.cache
 def _is_too_old(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    return not _is_amd() and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def why_unsupported(device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
@@ -92,9 +97,18 @@ def _power_of_two_above(n: int, least: int) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
+def _is_amd() -> bool:
+    return torch.version.hip is not None
+
+
 def _float32_precision() -> str:
-    """How float32 tiles are multiplied: three passes of tf32 (1e-6 relative), or exactly where there is no tf32."""
-    return "ieee" if torch.version.hip else "tf32x3"
+    """How float32 tiles are multiplied: three passes of tf32 (1e-6 relative), on AMD by its float32 matrix units."""
+    return "ieee" if _is_amd() else "tf32x3"
+
+
+def _num_warps(config: LaunchConfig) -> int:
+    """The same number of threads everywhere: AMD's warps (wavefronts) have 64 of them."""
+    return max(1, config.num_warps // 2) if _is_amd() else config.num_warps
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -136,7 +150,7 @@ def _check_reflect(op: str, x: Tensor, v: Tensor, t: Tensor) -> None:
 
 
 def _mode(x: Tensor, R: int) -> dict[str, object]:
-    """The constants every kernel of `triton_kernels` takes, see there; BLOCK_R is the number of columns a tile holds."""
+    """The constants every kernel of `triton_kernels` takes, explained there."""
     split = 0 if x.dtype == torch.float32 else 1 if R <= 8 else 2
     block_r = _power_of_two_above(R, 16) if R <= FUSED_RANK else FUSED_RANK
     return {"BLOCK_R": block_r, "SPLIT": split, "PRECISION": _float32_precision()}
@@ -156,12 +170,12 @@ def _launch(kernel, name: str, grid, x: Tensor, mode: dict, **arguments) -> None
     config = select_config(name, x.element_size(), mode["BLOCK_R"], *x.shape)
     kernel[grid(config)](
         **arguments, **mode, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=_num_warps(config), num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def _product(c: Tensor, a: Tensor, b: Tensor, splits: int, alpha: float, strides: tuple[int, int]) -> None:
-    """c (splits, rows, cols) = alpha a b, the inner axis in `splits` parts; c's rows and columns lie `strides` apart."""
+    """c (splits, rows, cols) = alpha a b, the inner axis in `splits` parts; `strides` are those of c's last two axes."""
     (rows, inner), cols = a.shape, b.shape[1]
     block = PRODUCT_CONFIG.block_m
     block_k = PRODUCT_CONFIG.block_d
@@ -171,7 +185,7 @@ def _product(c: Tensor, a: Tensor, b: Tensor, splits: int, alpha: float, strides
         stride_ci=strides[0], stride_cj=strides[1], stride_ai=a.stride(0), stride_ak=a.stride(1),
         stride_bk=b.stride(0), stride_bj=b.stride(1), alpha=alpha,
         BLOCK_I=block, BLOCK_J=block, BLOCK_K=block_k, PRECISION=_float32_precision(),
-        num_warps=PRODUCT_CONFIG.num_warps, num_stages=PRODUCT_CONFIG.num_stages,
+        num_warps=_num_warps(PRODUCT_CONFIG), num_stages=PRODUCT_CONFIG.num_stages,
     )  # fmt: skip
 
 
@@ -279,7 +293,7 @@ def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
     (M, D), R = x.shape, v.shape[0]
     device = x.device
     mode = _mode(x, R)
-    fused = R <= FUSED_RANK
+    fused = R <= FUSED_BACKWARD_RANK
     qm = _empty((M, R), torch.float32, device)
     s = _empty((M, R), torch.float32, device)
     t_strides = (1, R) if transpose else (R, 1)
@@ -303,6 +317,7 @@ def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
         _product(qm[None], q, m.mT, 1, 1.0, (R, 1))
         _product(s[None], p, m, 1, 1.0, (R, 1))
         _product(dt_parts, p.mT, q, dt_count, -1.0, t_strides)
+    if R > FUSED_RANK:
         _combine(dx, dy, qm, v, mode)
     columns = select_config("backward_columns", x.element_size(), mode["BLOCK_R"], M, D)
     rows_per_split, dv_count = _column_splits(M, D, R, columns.block_m, columns.block_d)
@@ -312,7 +327,7 @@ def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
         lambda config: (dv_count, _cdiv(D, config.block_d), _cdiv(R, mode["BLOCK_R"])), x, mode,
         dx_ptr=dx, dv_ptr=dv_parts, dy_ptr=dy, x_ptr=x, v_ptr=v, qm_ptr=qm, s_ptr=s, M=M, D=D, R=R,
         rows_per_split=rows_per_split, stride_dxm=dx.stride(0), stride_dym=dy.stride(0), stride_xm=x.stride(0),
-        NEED_DX=fused,
+        NEED_DX=R <= FUSED_RANK,
     )  # fmt: skip
     dv_size = R * D if dv_count > 1 else 0
     dt_size = R * R if dt_count > 1 else 0
@@ -364,7 +379,7 @@ def _gram_schmidt(g: Tensor, t: Tensor) -> Tensor:
 
 
 def wy_factor_batch(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
-    """v (L, R, D) and t (L, R, R) of L factors at once, u (L, D, R): three launches (four with apply_gs) for them all."""
+    """v (L, R, D) and t (L, R, R) of L factors at once, u (L, D, R): three launches for all, four with apply_gs."""
     L, D, R = u.shape
     _check_served("wy_factor", u, R)
     v = _empty((L, R, D), torch.float32, u.device)

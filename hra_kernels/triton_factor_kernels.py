@@ -165,7 +165,7 @@ def chain_factor_kernel(
     R, num_splits,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C columns of t from the last pair of rows upwards: t_i = corner_i (identity_i - sum over k > i g_ik t_k)."""
+    """BLOCK_C columns of t from the last pair of rows up: t_i = corner_i (identity_i - sum over k > i of g_ik t_k)."""
     layer = tl.program_id(1).to(tl.int64)
     g_ptr += layer * num_splits * R * R
     scale_ptr += layer * R
@@ -220,7 +220,7 @@ def gram_schmidt_kernel(
             overlap = tl.sum(earlier * g[None, :], axis=1)
             residual -= tl.sum(overlap * overlap, axis=0)
             row -= tl.sum(overlap[:, None] * earlier, axis=0)
-        keep = (residual <= GS_RTOL_SQUARED * square) == 0  # a NaN is kept, so that it shows
+        keep = (residual <= square * GS_RTOL_SQUARED) == 0  # a NaN is kept, so that it shows
         row = tl.where(keep, row / tl.sqrt(tl.where(keep, residual, 1.0)), 0.0)
         tl.store(inverse_ptr + j * R + offs_k, row, mask_k)
         tl.store(t_ptr + j * R + offs_k, tl.where((offs_k == j) & keep, 2.0, 0.0), mask_k)

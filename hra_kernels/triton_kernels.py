@@ -180,9 +180,6 @@ def backward_rows_kernel(
     offs_r, mask_r, is_hi = _rank_offsets(R, BLOCK_R, SPLIT)
     offs_k = tl.arange(0, BLOCK_R)
     mask_k = offs_k < R
-    m = _load_m(m_ptr, stride_mi, stride_mj, offs_k, mask_k, offs_k, mask_k)
-    # rows that repeat themselves with SPLIT = 1, as q's columns do
-    mt = _load_m(m_ptr, stride_mj, stride_mi, offs_r, mask_r, offs_k, mask_k)
     acc_dm = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
     for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -194,7 +191,10 @@ def backward_rows_kernel(
         offsets = (offs_m * R)[:, None] + offs_k[None, :]
         mask = mask_m[:, None] & mask_k[None, :]
         p = tl.load(p_ptr + offsets, mask, other=0.0)
+        # rows that repeat themselves with SPLIT = 1, as q's columns do
+        mt = _load_m(m_ptr, stride_mj, stride_mi, offs_r, mask_r, offs_k, mask_k)
         tl.store(qm_ptr + offsets, tl.dot(q, mt, input_precision=PRECISION), mask)
+        m = _load_m(m_ptr, stride_mi, stride_mj, offs_k, mask_k, offs_k, mask_k)
         tl.store(s_ptr + offsets, tl.dot(p, m, input_precision=PRECISION), mask)
         acc_dm = tl.dot(tl.trans(p), q, acc_dm, input_precision=PRECISION)
     if SPLIT == 1:

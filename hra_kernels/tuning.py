@@ -21,6 +21,40 @@ SCALE_BLOCK_D = 128
 SUM_BLOCK = 512
 PRODUCT_CONFIG = LaunchConfig(64, 32, 4, 2)
 
+FEW_ROWS = 1024
+WIDE = 2**40
+
+C = LaunchConfig
+CONFIGS = {
+    ("reflect", 2, 16): [(FEW_ROWS, WIDE, C(16, 256, 4, 3)), (WIDE, 2048, C(64, 128, 4, 3)), (WIDE, 8192, C(32, 128, 4, 3)), (WIDE, WIDE, C(16, 256, 4, 3))],
+    ("reflect", 2, 32): [(FEW_ROWS, WIDE, C(16, 128, 4, 3)), (WIDE, 4096, C(64, 64, 4, 3)), (WIDE, WIDE, C(32, 64, 4, 3))],
+    ("reflect", 2, 64): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(64, 64, 8, 2))],
+    ("reflect", 4, 16): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(32, 64, 4, 3))],
+    ("reflect", 4, 32): [(WIDE, WIDE, C(32, 64, 8, 2))],
+    ("reflect", 4, 64): [(WIDE, WIDE, C(32, 32, 8, 2))],
+    ("project", 2, 64): [(WIDE, WIDE, C(64, 64, 4, 2))],
+    ("project", 4, 64): [(WIDE, WIDE, C(64, 32, 4, 2))],
+    ("combine", 2, 64): [(WIDE, WIDE, C(64, 64, 4, 2))],
+    ("combine", 4, 64): [(WIDE, WIDE, C(64, 32, 8, 2))],
+    ("backward_rows", 2, 16): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(64, 128, 4, 2))],
+    ("backward_rows", 2, 32): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(32, 32, 8, 2))],
+    ("backward_rows", 4, 16): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(32, 64, 4, 3))],
+    ("backward_rows", 4, 32): [(WIDE, WIDE, C(32, 32, 8, 2))],
+    ("backward_columns", 2, 16): [(WIDE, WIDE, C(32, 128, 4, 2))],
+    ("backward_columns", 2, 32): [(WIDE, WIDE, C(32, 128, 8, 2))],
+    ("backward_columns", 2, 64): [(WIDE, WIDE, C(32, 64, 8, 2))],
+    ("backward_columns", 4, 16): [(WIDE, WIDE, C(32, 64, 8, 2))],
+    ("backward_columns", 4, 32): [(WIDE, WIDE, C(32, 64, 8, 2))],
+    ("backward_columns", 4, 64): [(WIDE, WIDE, C(32, 32, 8, 2))],
+}
+
 
 def select_config(kernel: str, element_size: int, block_r: int, M: int, D: int) -> LaunchConfig:
-    return LaunchConfig(32, 64, 4, 2)
+    for most_m, most_d, config in CONFIGS[kernel, element_size, block_r]:
+        if M <= most_m and D <= most_d:
+            return config
+    raise AssertionError
+
+
+def shapes_of_every_config():
+    return [(64, 4096), (8192, 2048), (8192, 4096), (8192, 16384)]

@@ -1,4 +1,6 @@
-"""Triton's interpreter with bfloat16 and tf32 made right. A pytest plugin: `TRITON_INTERPRET=1 pytest -p tests.triton_interpreter`.
+"""Triton's interpreter with bfloat16 and tf32 made right, as a pytest plugin:
+
+    TRITON_INTERPRET=1 pytest -p tests.triton_interpreter --backends triton tests/test_accuracy.py
 
 Unrepaired, the interpreter keeps bfloat16 as 16-bit integers and multiplies the integers in `tl.dot`, truncates where
 the hardware rounds to nearest even, and computes every float32 product exactly, also where tf32 was asked for.
@@ -72,3 +74,17 @@ def _checked_binary_op(self, lhs, rhs, op):
 interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter.InterpreterBuilder.binary_op = _checked_binary_op
+
+
+_patched_modules: set[str] = set()
+
+
+def _call_device_function(self, *args, **kwargs):
+    # unrepaired, every call patches its module's triton.language anew and for good, 2 ms each time; once is enough
+    if self.fn.__module__ not in _patched_modules:
+        interpreter._patch_lang(self.fn)
+        _patched_modules.add(self.fn.__module__)
+    return self.rewrite()(*args, **kwargs)
+
+
+interpreter.InterpretedFunction.__call__ = _call_device_function
