@@ -113,6 +113,8 @@ def test_inject_adapter_in_model(switched_on):
 
 def test_transformers_add_adapter(switched_on):
     transformers = pytest.importorskip("transformers")
+    if peft.__version__.startswith("0.19.") and int(transformers.__version__.split(".")[0]) >= 5:
+        pytest.skip("transformers 5 wants PEFT 0.20 or newer for its own add_adapter")
     settings = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=40
     )
