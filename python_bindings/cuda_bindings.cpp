@@ -163,6 +163,15 @@ void wy_factor_bwd(const std::vector<GradientLayer>& layers, uintptr_t stream) {
 }
 
 #ifdef HRA_EMULATION
+// (blocks, blocks per cluster, bytes of shared memory) of each launch since the last call
+std::vector<std::tuple<unsigned, unsigned, size_t>> launches() {
+  std::vector<std::tuple<unsigned, unsigned, size_t>> result;
+  for (const auto& shape : hra::emulation::take_launches()) {
+    result.emplace_back(shape.grid.x * shape.grid.y, shape.cluster, shape.shared_bytes);
+  }
+  return result;
+}
+
 void emulate(uint64_t seed, int capability) { hra::emulation::options = {seed, capability}; }
 #endif
 
@@ -181,6 +190,7 @@ PYBIND11_MODULE(HRA_MODULE_NAME, m) {
   m.def("wy_factor_fwd", &wy_factor_fwd, "layers"_a, "stream"_a);
   m.def("wy_factor_bwd", &wy_factor_bwd, "layers"_a, "stream"_a);
 #ifdef HRA_EMULATION
+  m.def("launches", &launches, "(blocks, blocks per cluster, shared bytes) of each launch since the last call.");
   m.def("emulate", &emulate, "seed"_a, "capability"_a,
         "Chooses the schedule and the compute capability (times ten) of the launches that follow.");
 #endif

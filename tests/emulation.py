@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +21,8 @@ class BuildFailed(Exception):
     """What the compiler said."""
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
+    """Run a build step; raise `BuildFailed` with its output where it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildFailed(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
@@ -40,16 +42,18 @@ def build(source: Path = ROOT, *, sanitize: bool = False, name: str | None = Non
         f"-DPython_EXECUTABLE={sys.executable}",
         "-DCMAKE_BUILD_TYPE=None",  # the target brings its own -O2
     ]
-    _run(["cmake", "-S", str(source / "csrc"), "-B", str(folder), *options])
-    _run(["cmake", "--build", str(folder), "--target", "_emulated", "--parallel", str(min(4, os.cpu_count() or 1))])
+    run(["cmake", "-S", str(source / "csrc"), "-B", str(folder), *options])
+    run(["cmake", "--build", str(folder), "--target", "_emulated", "--parallel", str(min(4, os.cpu_count() or 1))])
     found = list(folder.glob("_emulated*.so"))
     assert len(found) == 1, found
     return found[0]
 
 
 def load(path: Path) -> ModuleType:
-    """Import a built module under its own name; a process can hold several, from several folders."""
-    spec = importlib.util.spec_from_file_location("_emulated", path)
+    """Import a built module; a process can hold several, from several folders."""
+    # pybind11 keeps one module per full name, so each path gets a package name of its own
+    name = f"emulation_{zlib.crc32(str(path).encode()):08x}._emulated"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -2,6 +2,8 @@
 option(HRA_EMULATION "Build the module _emulated, the CUDA kernels on the CPU, and not _cuda" OFF)
 option(HRA_EMULATION_SANITIZE "Build _emulated with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 
+option(HRA_CUDA_STRICT "Fail where a CUDA kernel spills registers or uses local memory" OFF)
+
 set(HRA_CUDA_SOURCES cuda/launch.cu cuda/reflect.cu cuda/sweep_fwd.cu cuda/sweep_bwd.cu cuda/cluster_fwd.cu
                      cuda/cluster_bwd.cu cuda/wy.cu)
 
@@ -46,6 +48,10 @@ pybind11_add_module(_cuda NO_EXTRAS ${HRA_CUDA_SOURCES} ../python_bindings/cuda_
 target_include_directories(_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_compile_definitions(_cuda PRIVATE HRA_MODULE_NAME=_cuda)
 target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads 2>)
+if(HRA_CUDA_STRICT)
+  set(strict "-Xptxas --warn-on-spills,--warn-on-local-memory-usage,-Werror")
+  target_compile_options(_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:${strict}>")
+endif()
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 install(TARGETS _cuda DESTINATION hra_kernels)
 message(STATUS "hra_kernels: CUDA kernels are built for ${CMAKE_CUDA_ARCHITECTURES} with ${CMAKE_CUDA_COMPILER}")

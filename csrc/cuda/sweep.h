@@ -12,6 +12,9 @@ namespace hra::cuda {
 
 using namespace device;
 
+// What a block may ask for on the GPU that has least: sm_120, NVIDIA's published limit.
+constexpr int kSharedEverywhere = 101376;
+
 template <typename T, int kRank>
 struct Sweep {
   static constexpr int kRows = 32;

@@ -28,6 +28,7 @@ struct ProjectArguments {
 template <typename T, int kRank>
 __global__ void __launch_bounds__(kThreads) sweep_bwd_project_kernel(const HRA_GRID_CONSTANT ProjectArguments<T> to) {
   using Shared = Sweep<T, kRank>;
+  static_assert(sizeof(Shared) <= kSharedEverywhere, "fits on every GPU that is served");
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * Shared::kRows;
   const int R = to.m.R;
@@ -96,6 +97,7 @@ struct CoefficientsInFlight {
 template <typename T, int kRank>
 __global__ void __launch_bounds__(kThreads) sweep_bwd_apply_kernel(const HRA_GRID_CONSTANT ApplyArguments<T> to) {
   using Shared = ApplyShared<T, kRank>;
+  static_assert(sizeof(Shared) <= kSharedEverywhere, "fits on every GPU that is served");
   constexpr int kRows = Shared::kRows, kTiles = Shared::kWarpColumns / 8;
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * Shared::kColumns;

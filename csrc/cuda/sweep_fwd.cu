@@ -20,6 +20,7 @@ struct ForwardArguments {
 template <typename T, int kRank>
 __global__ void __launch_bounds__(kThreads, 1) sweep_fwd_kernel(const HRA_GRID_CONSTANT ForwardArguments<T> to) {
   using Shared = Sweep<T, kRank>;
+  static_assert(sizeof(Shared) <= kSharedEverywhere, "fits on every GPU that is served");
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * Shared::kRows;
   shared.project_rows(to.x, to.v, row0);

@@ -5,6 +5,7 @@
 #include <deque>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -86,6 +87,7 @@ struct Machine {
   Thread* current = nullptr;
   std::string error;
   char* stacks = nullptr;
+  std::vector<LaunchShape> launches;
 
   // the schedule
   size_t warp_turn = 0;
@@ -271,6 +273,7 @@ std::string run(const LaunchShape& shape, const std::function<void()>& body) {
   if (shape.grid.x % shape.cluster) return "the grid is not a whole number of clusters";
   if (!machine.stacks) machine.stacks = reserve_stacks(kMaxThreads, kStackBytes);
   machine.shape = shape;
+  machine.launches.push_back(shape);
   machine.block_size = {shape.threads, 1, 1};
   machine.body = &body;
   machine.error.clear();
@@ -280,6 +283,8 @@ std::string run(const LaunchShape& shape, const std::function<void()>& body) {
   }
   return machine.error;
 }
+
+std::vector<LaunchShape> take_launches() { return std::exchange(machine.launches, {}); }
 
 const Dim3& thread_index() { return machine.current->index; }
 const Dim3& block_index() { return machine.current->block->index; }

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace hra::emulation {
 
@@ -38,6 +39,9 @@ struct LaunchShape {
 
 // Runs `body` once per thread; returns what went wrong, or an empty string.
 std::string run(const LaunchShape& shape, const std::function<void()>& body);
+
+// The shapes of all launches since this was last asked.
+std::vector<LaunchShape> take_launches();
 
 // --- what a running thread can ask for ---
 
