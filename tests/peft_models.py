@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from peft import HRAConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -79,3 +80,20 @@ def merged_weight(layer: nn.Module, *adapters: str) -> Tensor:
 def relative(got: Tensor, exact: Tensor) -> float:
     """Largest difference as a fraction of the largest exact value; NaN stays NaN."""
     return ((got.detach().double() - exact.detach().double()).abs().max() / exact.detach().double().abs().max()).item()
+
+
+def linear(features=48, out=20, dtype=torch.float32, seed=0, **settings) -> nn.Linear:
+    """A base layer, the same for the same seed."""
+    return seeded(lambda: nn.Linear(features, out, **settings), seed).to(dtype)
+
+
+def conv2d(*args, **settings) -> nn.Conv2d:
+    """A base layer of 3 to 8 channels, always the same."""
+    return seeded(lambda: nn.Conv2d(3, 8, *args, **settings))
+
+
+class PadsItself(nn.Conv2d):
+    """As EfficientNet's: pads in its own forward, then convolves without padding."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)

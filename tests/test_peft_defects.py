@@ -1,4 +1,4 @@
-"""One test a row of the table of PEFT's HRA defects, by the row's name, and right here.
+"""One test a row of the table of PEFT's HRA defects, by the row's name, and right here (convolutions: a file apart).
 
 Rows that await issue 6 are strict expected failures, or tests of the clear error until then.
 """
@@ -13,14 +13,22 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
 import hra_kernels.peft
-from tests.peft_models import Net, adapt, dense_q, layer_of, merged_weight, relative, seeded, set_u
+from tests.peft_models import (
+    Net,
+    PadsItself,
+    adapt,
+    conv2d,
+    dense_q,
+    layer_of,
+    linear,
+    merged_weight,
+    relative,
+    seeded,
+    set_u,
+)
 
 FLOAT32 = 1e-5
 BFLOAT16 = 2.0**-7
-
-
-def linear(features=48, out=20, dtype=torch.float32, seed=0, **settings):
-    return seeded(lambda: nn.Linear(features, out, **settings), seed).to(dtype)
 
 
 def forward_backward(layer, x):
@@ -106,108 +114,6 @@ def test_gram_schmidt_with_r_above_d():
     assert torch.allclose(layer.get_delta_weight("default"), expected, atol=1e-5)
     assert forward_backward(layer, torch.randn(3, 6)).isfinite().all()
     assert layer.hra_u["default"].grad.isfinite().all()
-
-
-# --- convolutions -----------------------------------------------------------------------------------------------------
-
-
-def check_conv(conv, shape=(2, 3, 11, 9), **settings):
-    """Forward, gradient of u and x, merge; against F.conv2d's own module with the explicit chain's weight."""
-    layer = layer_of(conv, **settings)
-    x = torch.randn(shape, requires_grad=True)
-    y = layer(x)
-    dy = torch.randn_like(y)
-    du, dx = torch.autograd.grad(y, [layer.hra_u["default"], x], dy)
-
-    u = layer.hra_u["default"].detach().double().requires_grad_()
-    exact_x = x.detach().double().requires_grad_()
-    weight = conv.weight.detach().double()
-    unit = u / u.norm(dim=0)
-    q = torch.eye(len(u), dtype=torch.float64)
-    for column in unit.unbind(1):
-        q = q - 2 * torch.outer(q @ column, column)
-    merged = (weight.flatten(1) @ q).reshape(weight.shape)
-    exact = torch.func.functional_call(seeded(lambda: conv.double()), {"weight": merged}, (exact_x,))
-    exact_du, exact_dx = torch.autograd.grad(exact, [u, exact_x], dy.double())
-    conv.float()
-    assert y.shape == exact.shape
-    assert relative(y, exact) < FLOAT32 and relative(du, exact_du) < FLOAT32 and relative(dx, exact_dx) < FLOAT32
-    layer.merge()
-    assert relative(layer(x), exact) < FLOAT32
-
-
-def conv2d(*args, **settings):
-    return seeded(lambda: nn.Conv2d(3, 8, *args, **settings))
-
-
-@pytest.mark.parametrize("kernel", [(3, 5), (1, 4), (5, 2)])
-def test_conv_non_square_kernel(kernel):
-    check_conv(conv2d(kernel))
-
-
-@pytest.mark.parametrize(
-    "geometry", [{"stride": (2, 1)}, {"padding": (2, 1)}, {"dilation": (1, 2)}, {"stride": 2, "padding": (0, 2)}]
-)
-def test_conv_stride_padding_dilation(geometry):
-    check_conv(conv2d(3, **geometry))
-
-
-@pytest.mark.parametrize("padding", ["same", "valid"])
-@pytest.mark.parametrize("kernel", [3, (2, 5)])
-def test_conv_padding_same_valid(padding, kernel):
-    check_conv(conv2d(kernel, padding=padding))
-
-
-@pytest.mark.parametrize("mode", ["reflect", "circular", "replicate"])
-@pytest.mark.parametrize("padding", [(2, 1), "same"])
-def test_conv_padding_mode(mode, padding):
-    check_conv(conv2d((5, 3), padding=padding, padding_mode=mode))
-
-
-def test_conv_channels_last_merge():
-    conv = conv2d(3, padding=1)
-    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last)
-    check_conv(conv)
-    layer = layer_of(conv)
-    before = layer.weight.clone()
-    layer.merge()
-    assert layer.weight.is_contiguous(memory_format=torch.channels_last)
-    layer.unmerge()
-    assert torch.equal(layer.weight, before)
-
-
-def test_conv_unbatched():
-    layer = layer_of(conv2d(3, padding=1))
-    x = torch.randn(3, 7, 7)
-    assert relative(layer(x), layer(x[None])[0]) < 1e-6
-
-
-class PadsItself(nn.Conv2d):
-    """As EfficientNet's: pads in its own forward, then convolves without padding."""
-
-    def forward(self, x):
-        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
-
-
-class PadsInConvForward(nn.Conv2d):
-    def _conv_forward(self, x, weight, bias):
-        return super()._conv_forward(F.pad(x, (1, 0, 1, 0)), weight, bias)
-
-
-@pytest.mark.parametrize("kind", [PadsItself, PadsInConvForward])
-def test_conv_own_forward(kind):
-    conv = seeded(lambda: kind(3, 8, 3, stride=2))
-    check_conv(conv, shape=(2, 3, 8, 8))
-    calls = []
-    layer = layer_of(conv)
-    layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
-    layer(torch.randn(2, 3, 8, 8))
-    assert calls == [1]
-
-
-def test_conv_groups():
-    with pytest.raises(NotImplementedError, match=r"not support Conv2d layers with groups > 1 \(got groups=3\)"):
-        layer_of(nn.Conv2d(3, 6, 3, groups=3))
 
 
 # --- the base layer's own business ------------------------------------------------------------------------------------
