@@ -17,53 +17,53 @@ enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3
 constexpr int64_t kMaxRank = 256;
 
 struct ReflectFwdParams {
-    void* y_ptr;           // (M, D)
-    void* p_ptr;           // (M, R) x vᵀ, or null when no gradient will want it
-    const void* x_ptr;     // (M, D)
-    const void* v_ptr;     // (R, D)
-    const void* t_ptr;     // (R, R)
-    int64_t M, D, R;
-    int64_t stride_ym, stride_xm;
-    DType dtype;           // of x and y
-    bool transpose;
+  void* y_ptr;        // (M, D)
+  void* p_ptr;        // (M, R) x vᵀ, or null when no gradient will want it
+  const void* x_ptr;  // (M, D)
+  const void* v_ptr;  // (R, D)
+  const void* t_ptr;  // (R, R)
+  int64_t M, D, R;
+  int64_t stride_ym, stride_xm;
+  DType dtype;  // of x and y
+  bool transpose;
 };
 
 struct ReflectBwdParams {
-    void* dx_ptr;          // (M, D), or null
-    void* dv_ptr;          // (R, D), or null; x_ptr is read for it alone
-    void* dt_ptr;          // (R, R), or null; p_ptr is read for it and for dv
-    const void* dy_ptr;    // (M, D)
-    const void* x_ptr;     // (M, D)
-    const void* v_ptr;     // (R, D)
-    const void* t_ptr;     // (R, R)
-    const void* p_ptr;     // (M, R)
-    int64_t M, D, R;
-    int64_t stride_dxm, stride_dym, stride_xm;
-    DType dtype;           // of x, dy and dx
-    bool transpose;
+  void* dx_ptr;        // (M, D), or null
+  void* dv_ptr;        // (R, D), or null; x_ptr is read for it alone
+  void* dt_ptr;        // (R, R), or null; p_ptr is read for it and for dv
+  const void* dy_ptr;  // (M, D)
+  const void* x_ptr;   // (M, D)
+  const void* v_ptr;   // (R, D)
+  const void* t_ptr;   // (R, R)
+  const void* p_ptr;   // (M, R)
+  int64_t M, D, R;
+  int64_t stride_dxm, stride_dym, stride_xm;
+  DType dtype;  // of x, dy and dx
+  bool transpose;
 };
 
 struct WyFactorFwdParams {
-    void* v_ptr;           // (R, D)
-    void* t_ptr;           // (R, R)
-    const void* u_ptr;     // (D, R)
-    int64_t D, R;
-    int64_t stride_ud, stride_ur;
-    DType dtype;           // of u
-    bool apply_gs;
+  void* v_ptr;        // (R, D)
+  void* t_ptr;        // (R, R)
+  const void* u_ptr;  // (D, R)
+  int64_t D, R;
+  int64_t stride_ud, stride_ur;
+  DType dtype;  // of u
+  bool apply_gs;
 };
 
 struct WyFactorBwdParams {
-    void* du_ptr;          // (D, R), contiguous, u's dtype
-    const void* dv_ptr;    // (R, D)
-    const void* dt_ptr;    // (R, R)
-    const void* u_ptr;     // (D, R)
-    const void* v_ptr;     // (R, D)
-    const void* t_ptr;     // (R, R)
-    int64_t D, R;
-    int64_t stride_ud, stride_ur;
-    DType dtype;           // of u and du
-    bool apply_gs;
+  void* du_ptr;        // (D, R), contiguous, u's dtype
+  const void* dv_ptr;  // (R, D)
+  const void* dt_ptr;  // (R, R)
+  const void* u_ptr;   // (D, R)
+  const void* v_ptr;   // (R, D)
+  const void* t_ptr;   // (R, R)
+  int64_t D, R;
+  int64_t stride_ud, stride_ur;
+  DType dtype;  // of u and du
+  bool apply_gs;
 };
 
 namespace cpu {
@@ -85,8 +85,9 @@ const char* thread_pool();
 
 }  // namespace cpu
 
-// Kernels for NVIDIA GPUs from compute capability 8.0 on, for float32, bfloat16 and float16; pointers are device pointers.
-// Each call launches on `stream` (a cudaStream_t) of the current device and returns at once; nothing is allocated.
+// Kernels for NVIDIA GPUs from compute capability 8.0 on, for float32, bfloat16 and float16; pointers are device
+// pointers. Each call launches on `stream` (a cudaStream_t) of the current device and returns at once; nothing is
+// allocated.
 namespace cuda {
 
 constexpr int64_t kMaxRank = 64;
