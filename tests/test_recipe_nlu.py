@@ -147,7 +147,7 @@ def job(default_data, tmp_path_factory):
     """The job in little: enough steps to learn something, a few to time."""
     out = tmp_path_factory.mktemp("nlu")
     assert not hra_kernels.peft.is_enabled()
-    results = nlu.run(options("--quick", "--out", out), silent())
+    results = nlu.run(options("--quick", "--batch-size", 16, "--out", out), silent())
     assert not hra_kernels.peft.is_enabled()
     return results, out
 
@@ -156,7 +156,8 @@ def job(default_data, tmp_path_factory):
 def test_job_learns(job):
     results, _ = job
     found = results["test_accuracy"]
-    assert found["after"] > max(found["before"], found["majority"]) + 0.1
+    # 0.08 is 2.8 standard errors of a guess on 300 sentences; measured 0.2 to 0.3
+    assert found["after"] > max(found["before"], found["majority"]) + 0.08
     assert statistics.mean(results["losses"][-5:]) < statistics.mean(results["losses"][:5])
     kept = dict(results["validation_accuracy"])[results["kept_step"]]
     assert kept == max(dict(results["validation_accuracy"]).values())
@@ -176,7 +177,9 @@ def test_job_saved_what_it_trained(job):
 def test_job_leaves_its_results(job):
     results, out = job
     names = {path.name for path in out.iterdir()}
-    assert names == {"adapter", "merged", "results.json", "loss.png", "loss.svg", "cost.png", "cost.svg"}
+    pictures = {"loss.png", "loss.svg", "cost.png", "cost.svg"}
+    assert names == {"adapter", "merged", "results.json", "summary.md"} | pictures
+    assert f"{results['times_faster_than_peft_hra']:.1f} times faster" in (out / "summary.md").read_text()
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert results["environment"]["torch"] == torch.__version__
     assert len(results["step_cost"]) == 5

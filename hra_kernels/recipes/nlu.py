@@ -8,6 +8,7 @@ layers; each time the test logits must agree. Last, a training step is timed bes
 import argparse
 import contextlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 import hra_kernels.peft
 from hra_kernels import env, ops
-from hra_kernels.recipes import packages, plots, step_cost, text_data
+from hra_kernels.recipes import packages, plots, step_cost, summary, text_data
 from hra_kernels.recipes.classifier import (
     Base,
     Batch,
@@ -276,6 +277,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     if not arguments.no_compare:
         console.print()
+        results["load_average_before_timing"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         methods, difference = compare_cost(base, data, arguments, training.state, console)
         seconds = {method.name: method.median() for method in methods}
         results["step_cost"] = {method.name: method.summary() for method in methods}
@@ -290,8 +292,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         pictures += plots.plot_cost(out, "One training step", list(seconds.items()), OURS, FLOOR)
     results["seconds"] = time.monotonic() - started
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / "summary.md").write_text(summary.markdown(results, OURS, FLOOR))
     console.print(
-        f"\n{results['seconds']:.0f} s in all. In {out}: adapter/ merged/ results.json "
+        f"\n{results['seconds']:.0f} s in all. In {out}: adapter/ merged/ results.json summary.md "
         + " ".join(path.name for path in pictures)
     )
     return results

@@ -1,0 +1,50 @@
+"""The results of a training job as a page of Markdown: `summary.md`, and a block of README."""
+
+from typing import Any
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def markdown(results: dict[str, Any], ours: str, floor: str) -> str:
+    """What was trained and measured, from the contents of results.json.
+
+    Args:
+        ours, floor: the names in `step_cost` of our method and of the one that the others are compared with.
+    """
+    data, found, where = results["data"], results["test_accuracy"], results["environment"]
+    options = results["arguments"]
+    intro = (
+        f"{results['model']}, {data['source']} ({data['train']} to train, {data['validation']} to validate, "
+        f"{data['test']} to test); HRA r = {options['rank']} on {', '.join(options['target_modules'])}, "
+        f"{results['parameters']['trained']:,} trained parameters, {results['steps']} steps of "
+        f"{options['batch_size']}, seed {options['seed']}. Measured on {where['cpu']}, "
+        f"{where['torch_threads']} threads, torch {where['torch']}, PEFT {where['peft']}, backend {results['backend']}"
+        + (f", commit {where['commit']}" if where["commit"] else "")
+    )
+    rows = [
+        ["always the most frequent class", _percent(found["majority"]), ""],
+        ["before: pretrained, new head", _percent(found["before"]), ""],
+        ["**after**", f"**{_percent(found['after'])}**", ""],
+    ]
+    for name, saved in results["saved"].items():
+        rows.append([name, _percent(saved["accuracy"]), f"{saved['max_logit_difference']:.1e}"])
+    parts = [intro + ".", _table(["test split", "accuracy", "largest logit difference"], rows)]
+    if "step_cost" in results:
+        base = results["step_cost"][floor]["median_s"]
+        rows = []
+        for name, cost in results["step_cost"].items():
+            row = [name, f"{1e3 * cost['median_s']:.0f} ms", f"{cost['median_s'] / base:.2f}"]
+            rows.append([f"**{cell}**" for cell in row] if name == ours else row)
+        parts.append(_table(["one training step", "median", f"over “{floor}”"], rows))
+        parts.append(
+            f"{results['times_faster_than_peft_hra']:.1f} times faster than PEFT's HRA on the same batches, with the "
+            f"same losses (largest relative difference {results['largest_loss_difference_from_peft_hra']:.0e})."
+        )
+    return "\n\n".join(parts) + "\n"
