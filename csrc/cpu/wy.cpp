@@ -9,6 +9,7 @@
 // read of u and one write of v. At D = 4096, R = 8 that is 0.13 million of each: tens of microseconds.
 #include "scratch.h"
 #include "tiles.h"
+#include "wy_columns.h"
 
 namespace hra::cpu::HRA_ISA {
 namespace {
@@ -17,144 +18,6 @@ constexpr double kGsRtol = 0x1p-13;            // reference.GS_RTOL
 constexpr int kSide = kManyRegisters ? 4 : 3;  // of a tile of accumulators of the Gram matrix
 constexpr int64_t kSlice = 64;                 // columns of D that the backward works on at a time
 constexpr int64_t kParallelWork = 500 * 1000;  // as in reflect.cpp
-
-template <class C>
-HRA_INLINE Vec<double> load_wide(const C* from) {
-  constexpr int kLane = kLanes<double>;
-  typedef C Narrow __attribute__((vector_size(kLane * sizeof(C))));
-  Narrow value;
-  __builtin_memcpy(&value, from, sizeof(value));
-  return __builtin_convertvector(value, Vec<double>);
-}
-
-template <class C>
-HRA_INLINE Vec<double> load_wide_first(const C* from, int64_t count) {
-  C lanes[kLanes<double>] = {};
-  std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(C));
-  return load_wide(lanes);
-}
-
-HRA_INLINE double sum(Vec<double> lanes) {
-  double total = 0;
-  for (int l = 0; l < kLanes<double>; ++l) total += lanes[l];
-  return total;
-}
-
-// The largest magnitude of a row, NaN if it has one: as integers, magnitudes are in order and NaN is the largest.
-float largest(const float* row, int64_t D) {
-  uint32_t most = 0;
-  for (int64_t d = 0; d < D; ++d) {
-    const uint32_t bits = bit_cast<uint32_t>(row[d]) & 0x7fffffff;
-    most = bits > most ? bits : most;
-  }
-  return bit_cast<float>(most);
-}
-double largest(const double* row, int64_t D) {
-  uint64_t most = 0;
-  for (int64_t d = 0; d < D; ++d) {
-    const uint64_t bits = bit_cast<uint64_t>(row[d]) & 0x7fffffffffffffff;
-    most = bits > most ? bits : most;
-  }
-  return bit_cast<double>(most);
-}
-
-struct Exponent {
-  int value;     // 2^-value brings the norm into [1/2, 1); 0 for zero and non-finite rows
-  bool nonzero;  // at or above reference._norm_exponent's threshold, or not finite
-};
-
-template <class C>
-Exponent norm_exponent(const C* row, int64_t D) {
-  constexpr int kThreshold = sizeof(C) == sizeof(float) ? -105 : -1001;
-  constexpr int kMostAboveLargest = 40;  // |row| <= sqrt(D) max |row|
-  const double most = static_cast<double>(largest(row, D));
-  if (!(most <= static_cast<double>(sizeof(C) == sizeof(float) ? __FLT_MAX__ : __DBL_MAX__))) return {0, true};
-  int coarse, fine;
-  __builtin_frexp(most, &coarse);
-  if (most == 0 || coarse + kMostAboveLargest < kThreshold) return {0, false};
-  const Vec<double> scale = broadcast(__builtin_ldexp(1.0, -coarse));
-  Vec<double> even{}, odd{};
-  constexpr int kLane = kLanes<double>;
-  int64_t d = 0;
-  for (; d + 2 * kLane <= D; d += 2 * kLane) {
-    const Vec<double> first = load_wide(row + d) * scale, second = load_wide(row + d + kLane) * scale;
-    even += first * first;
-    odd += second * second;
-  }
-  for (; d < D; d += kLane) {
-    const Vec<double> rest = load_wide_first(row + d, smaller(kLane, D - d)) * scale;
-    even += rest * rest;
-  }
-  __builtin_frexp(__builtin_sqrt(sum(even + odd)), &fine);
-  const bool nonzero = coarse + fine >= kThreshold;
-  return {nonzero ? coarse + fine : 0, nonzero};
-}
-
-template <class C>
-void scale_row(C* row, int64_t D, int exponent) {
-  if (exponent == 0) return;
-  const double scale = __builtin_ldexp(1.0, exponent);
-  for (int64_t d = 0; d < D; ++d) row[d] = static_cast<C>(static_cast<double>(row[d]) * scale);
-}
-
-template <class T>
-HRA_INLINE Accumulator<T> to_scalar(const T* from) {
-  if constexpr (sizeof(T) == sizeof(uint16_t))
-    return load_first(from, 1)[0];
-  else
-    return *from;
-}
-
-// What the forward finds out about u and the backward needs again.
-template <class T>
-struct Columns {
-  using C = Accumulator<T>;
-  int64_t D, R;
-  const T* u;
-  int64_t stride_ud, stride_ur;
-  C* rows;  // (R, D) ûᵀ, or v when the chain takes it in pairs
-  int exponent[kMaxRank];
-  bool nonzero[kMaxRank];
-  int log_phi[kMaxRank / 2];
-
-  bool has_both(int64_t pair) const { return nonzero[2 * pair] && nonzero[2 * pair + 1]; }
-
-  void scale(int64_t r) {
-    C* row = rows + r * D;
-    if constexpr (sizeof(T) == sizeof(uint16_t)) {
-      for (int64_t d = 0; d < D; ++d) row[d] = to_scalar(u + d * stride_ud + r * stride_ur);
-    } else {
-      for (int64_t d = 0; d < D; ++d) row[d] = u[d * stride_ud + r * stride_ur];
-    }
-    const Exponent found = norm_exponent(row, D);
-    exponent[r] = found.value;
-    nonzero[r] = found.nonzero && D > 0;
-    if (nonzero[r])
-      scale_row(row, D, -exponent[r]);
-    else
-      std::memset(row, 0, static_cast<size_t>(D) * sizeof(C));
-  }
-
-  void subtract(int64_t pair) {
-    const C* first = rows + 2 * pair * D;
-    C* second = rows + (2 * pair + 1) * D;
-    if (has_both(pair))
-      for (int64_t d = 0; d < D; ++d) second[d] -= first[d];
-    log_phi[pair] = norm_exponent(second, D).value;
-    scale_row(second, D, -log_phi[pair]);
-  }
-
-  // Tasks share the pairs out.
-  void prepare(int task, int tasks, bool in_pairs) {
-    const int64_t pairs = (R + 1) / 2;
-    for (int64_t pair = pairs * task / tasks; pair < pairs * (task + 1) / tasks; ++pair) {
-      scale(2 * pair);
-      if (2 * pair + 1 == R) continue;
-      scale(2 * pair + 1);
-      if (in_pairs) subtract(pair);
-    }
-  }
-};
 
 // g (R, stride) = a bᵀ in float64 for rows [begin, end) of tiles; `symmetric` leaves out what is left of the diagonal.
 template <class C>
@@ -165,26 +28,29 @@ void gram_rows(double* g, int64_t stride, const C* a, const C* b, int64_t R, int
   for (int64_t j0 = symmetric ? i0 : 0; j0 < R; j0 += kSide) {
     for (int j = 0; j < kSide; ++j) row_b[j] = b + smaller(j0 + j, R - 1) * D;
     Vec<double> acc[kSide][kSide] = {};
-    int64_t d = 0;
-    for (; d + kLane <= D; d += kLane) {
+    for (int64_t d = 0; d < D; d += kLane) {
+      const int64_t count = smaller(kLane, D - d);
+      const auto take = [&](const C* row) { return count == kLane ? load_wide(row) : load_wide_first(row, count); };
       Vec<double> from_b[kSide];
       HRA_UNROLL
-      for (int j = 0; j < kSide; ++j) from_b[j] = load_wide(row_b[j] + d);
+      for (int j = 0; j < kSide; ++j) from_b[j] = take(row_b[j] + d);
       HRA_UNROLL
       for (int i = 0; i < kSide; ++i) {
-        const Vec<double> from_a = load_wide(row_a[i] + d);
+        const Vec<double> from_a = take(row_a[i] + d);
         HRA_UNROLL
         for (int j = 0; j < kSide; ++j) acc[i][j] += from_a * from_b[j];
       }
     }
-    for (int i = 0; i < kSide && i0 + i < R; ++i)
-      for (int j = 0; j < kSide && j0 + j < R; ++j) {
-        double total = sum(acc[i][j]);
-        for (int64_t rest = d; rest < D; ++rest)
-          total += static_cast<double>(row_a[i][rest]) * static_cast<double>(row_b[j][rest]);
+    HRA_UNROLL
+    for (int i = 0; i < kSide; ++i) {
+      HRA_UNROLL
+      for (int j = 0; j < kSide; ++j) {
+        if (i0 + i >= R || j0 + j >= R) continue;
+        const double total = sum(acc[i][j]);
         g[(i0 + i) * stride + j0 + j] = total;
         if (symmetric) g[(j0 + j) * stride + i0 + i] = total;
       }
+    }
   }
 }
 
@@ -391,14 +257,12 @@ struct Factor {
       }
       T* du = static_cast<T*>(bwd->du_ptr) + d0 * R;
       for (int64_t r = 0; r < R; ++r) {
-        const double scale = __builtin_ldexp(1.0, -columns.exponent[r]);
-        for (int64_t d = 0; d < count; ++d) {
-          const C value = columns.nonzero[r] ? static_cast<C>(dhat[r * kSlice + d] * scale) : 0;
-          if constexpr (sizeof(T) == sizeof(uint16_t))
-            store_first(du + d * R + r, broadcast(value), 1);
-          else
-            du[d * R + r] = value;
-        }
+        const double scale = columns.nonzero[r] ? __builtin_ldexp(1.0, -columns.exponent[r]) : 0;
+        C wide[kSlice];
+        T narrow[kSlice];
+        for (int64_t d = 0; d < kSlice; ++d) wide[d] = scale != 0 ? static_cast<C>(dhat[r * kSlice + d] * scale) : 0;
+        for (int64_t d = 0; d < kSlice; d += kLanes<C>) store(narrow + d, load(wide + d));
+        for (int64_t d = 0; d < count; ++d) du[d * R + r] = narrow[d];
       }
     }
   }
