@@ -4,7 +4,7 @@ Time    Every variant is warmed up, then measured in rounds: each round runs eac
         anew, so that a disturbance or a slow drift of the machine hits all of them alike. A ratio is taken within each
         round and its median reported, with the 20th and 80th percentile. Variants far slower than the rest sit out
         most rounds, so that they do not eat the others' time; how many rounds each ran is reported. A round in which
-        other processes took processor time is repeated.
+        other processes held this one up is repeated.
 Inputs  are made before; parameters are touched (their version changes, their values do not) before every call, outside
         the clock, so that nothing computed from parameters can be carried from one call to the next: each call is the
         first micro-batch after an optimiser step.
@@ -15,6 +15,7 @@ Memory  is the peak of what the call itself allocates (on a CPU as the profiler 
         autograd keeps between forward and backward.
 """
 
+import contextlib
 import math
 import os
 import random
@@ -175,30 +176,31 @@ def input_sets(bytes_each: int, device: torch.device) -> int:
 # --- rounds -----------------------------------------------------------------------------------------------------------
 
 
-class OtherLoad:
-    """How much processor time other processes take, from Linux's counters; elsewhere none is seen."""
+class HeldUp:
+    """How long this process was ready to run and was not let, from Linux's counters; elsewhere nothing is seen."""
 
-    DISTURBED = 0.1
-    """A round counts as disturbed when others took more than this share of all processors."""
-    _STAT = Path("/proc/stat")
+    DISTURBED = 0.05
+    """A round counts as disturbed when its threads together waited, or were stolen from, for more of it than this."""
 
     def __init__(self) -> None:
         self._last = self._read()
 
-    def _read(self) -> tuple[float, float, float]:
-        own = os.times()
-        busy = 0.0
-        if self._STAT.exists():
-            user, nice, system, _, _, irq, softirq, steal = map(int, self._STAT.read_text().split()[1:9])
-            busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        held = 0.0
+        for path in Path("/proc/self/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):  # the thread has ended
+                held += int(path.read_text().split()[1]) / 1e9
+        stat = Path("/proc/stat")
+        if stat.exists():
+            held += int(stat.read_text().split()[8]) / os.sysconf("SC_CLK_TCK")  # what the hypervisor gave to others
+        return time.perf_counter(), held
 
     def disturbed(self) -> bool:
-        """Whether others were busy since the last call (or since this object was made)."""
+        """Whether it happened since the last call (or since this object was made)."""
         last, self._last = self._last, self._read()
-        wall, busy, own = (now - before for now, before in zip(self._last, last, strict=True))
-        resolution = 2 / os.sysconf("SC_CLK_TCK")
-        return busy - own > self.DISTURBED * wall * (os.cpu_count() or 1) + resolution
+        wall, held = (now - before for now, before in zip(self._last, last, strict=True))
+        return held > self.DISTURBED * wall
 
 
 @dataclass
@@ -238,13 +240,13 @@ def interleave(
         count[floor] = rounds
     order = random.Random(0)
     result = Rounds({name: {} for name in samplers}, rounds, 0, 0)
-    others = OtherLoad()
+    clock = HeldUp()
     for k in range(rounds):
         # a variant with fewer rounds than the rest takes part at even distances
         due = [name for name in samplers if (k + 1) * count[name] // rounds > k * count[name] // rounds]
         while True:
             sampled = {name: samplers[name]() for name in order.sample(due, len(due))}
-            disturbed = others.disturbed()
+            disturbed = clock.disturbed()
             if not disturbed or result.repeated == rounds:
                 break
             result.repeated += 1

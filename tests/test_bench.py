@@ -131,11 +131,19 @@ def test_a_ratio_is_taken_within_its_round():
 
 def test_disturbed_rounds_are_repeated_and_counted(monkeypatch):
     answers = iter([True, True, False] + [False] * 3 + [True] * 100)
-    monkeypatch.setattr(timing.OtherLoad, "disturbed", lambda self: next(answers))
+    monkeypatch.setattr(timing.HeldUp, "disturbed", lambda self: next(answers))
     counter = iter(range(1000))
     result = timing.interleave({"a": lambda: float(next(counter))}, "a", 1e-9, min_rounds=5)
     assert (result.rounds, result.repeated, result.disturbed) == (5, 5, 1)
     assert next(iter(result.taken["a"].values())) == 3  # call 0 is the estimate, 1 and 2 were thrown away
+
+
+def test_being_held_up_is_seen(monkeypatch):
+    reads = iter([(0.0, 1.0), (1.0, 1.04), (2.0, 1.10)])
+    monkeypatch.setattr(timing.HeldUp, "_read", staticmethod(lambda: next(reads)))
+    clock = timing.HeldUp()
+    assert not clock.disturbed()  # 40 ms of a second
+    assert clock.disturbed()  # 60 ms of a second
 
 
 def test_a_touched_parameter_has_a_new_version_and_its_value():
