@@ -308,6 +308,28 @@ def chain_factor(
         return reference.join_factors([torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
+def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """`wy_factor` of each u, without gradient; us of one shape share their launches where the backend can batch.
+
+    For the factors of a whole model, once an optimiser step: 200 adapted layers of three shapes cost the launches of
+    three. Memory: one more copy of us.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for i, u in enumerate(us):
+        _check_u("wy_factor_many", u)
+        groups.setdefault((u.shape, u.dtype, u.device), []).append(i)
+    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        for (shape, dtype, device), members in groups.items():
+            batch = getattr(_backend(device, dtype, shape[1]), "wy_factor_batch", None)
+            if batch is None or len(members) == 1:
+                found = [torch.ops.hra.wy_factor_fwd(us[i], apply_gs) for i in members]
+            else:
+                found = zip(*batch(torch.stack([us[i] for i in members]), apply_gs), strict=True)
+            factors.update(zip(members, found, strict=True))
+    return [factors[i] for i in range(len(us))]
+
+
 def _in_factor_dtype(us: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """us such that their factor has `dtype`'s factor dtype; only a mixture with float64 needs a conversion."""
     wanted = factor_dtype(dtype)

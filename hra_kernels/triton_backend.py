@@ -175,7 +175,7 @@ def _launch(kernel, name: str, grid, x: Tensor, mode: dict, **arguments) -> None
 
 
 def _product(c: Tensor, a: Tensor, b: Tensor, splits: int, alpha: float, strides: tuple[int, int]) -> None:
-    """c (splits, rows, cols) = alpha a b, the inner axis in `splits` parts; `strides` are those of c's last two axes."""
+    """c (splits, rows, cols) = alpha a b, the inner axis in `splits` parts; `strides` of c's last two axes."""
     (rows, inner), cols = a.shape, b.shape[1]
     block = PRODUCT_CONFIG.block_m
     block_k = PRODUCT_CONFIG.block_d
@@ -319,11 +319,12 @@ def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
         _product(dt_parts, p.mT, q, dt_count, -1.0, t_strides)
     if R > FUSED_RANK:
         _combine(dx, dy, qm, v, mode)
-    columns = select_config("backward_columns", x.element_size(), mode["BLOCK_R"], M, D)
+    name = "backward_columns" if R <= FUSED_RANK else "backward_dv"
+    columns = select_config(name, x.element_size(), mode["BLOCK_R"], M, D)
     rows_per_split, dv_count = _column_splits(M, D, R, columns.block_m, columns.block_d)
     dv_parts = dv[None] if dv_count == 1 else _empty((dv_count, R, D), torch.float32, device)
     _launch(
-        _kernels().backward_columns_kernel, "backward_columns",
+        _kernels().backward_columns_kernel, name,
         lambda config: (dv_count, _cdiv(D, config.block_d), _cdiv(R, mode["BLOCK_R"])), x, mode,
         dx_ptr=dx, dv_ptr=dv_parts, dy_ptr=dy, x_ptr=x, v_ptr=v, qm_ptr=qm, s_ptr=s, M=M, D=D, R=R,
         rows_per_split=rows_per_split, stride_dxm=dx.stride(0), stride_dym=dy.stride(0), stride_xm=x.stride(0),
@@ -362,7 +363,7 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
     g = _empty((L, splits, R, R), torch.float64, a.device)
     _factor_kernels().gram_kernel[(_cdiv(R, 16) ** 2, splits, L)](
         g_ptr=g, a_ptr=a, b_ptr=b, D=D, R=R, d_per_split=per_split,
-        BLOCK_R=16, BLOCK_D=GRAM_BLOCK_D, num_warps=4, num_stages=1,
+        BLOCK_R=16, BLOCK_D=GRAM_BLOCK_D, num_warps=8, num_stages=1,
     )  # fmt: skip
     return g
 

@@ -1,11 +1,24 @@
-"""Launch configurations of the Triton kernels: frozen data, chosen by shape alone, no autotuning on a user's call."""
+"""Launch configurations of the Triton kernels: frozen data, chosen by shape alone, no autotuning on a user's call.
+
+NOT YET MEASURED ON A GPU. Each line's comment is the reasoning it rests on; `python -m bench.gpu.tune` measures and
+writes this table anew. What CI checks today: every line compiles for sm_80, sm_90, sm_100, sm_120 and gfx942 with no
+spill, with matrix instructions and 16-byte accesses; `python -m tests.triton_machine_code` prints the registers.
+
+The reasoning, for an H100 (132 multiprocessors, 50 MB of L2, 3.0 TB/s):
+  * the second sweep finds x in L2 only while the rows in flight fit: 132 * block_m * D * 2 bytes against about 30 MB, of
+    which the reverse order saves a part where they do not: block_m * D of 2^17 to 2^18 elements;
+  * a program reads all of v (4 R D bytes) in each sweep, from L2: with R = 8 as many bytes as 16 rows of bfloat16 x, so
+    a larger block_m halves that traffic; L2 gives about twice what device memory does;
+  * few rows are few programs: the smallest block_m, and wide tiles for fewer steps, because latency is all there is;
+  * a tile of x, its float32 update and v's two halves live in 255 registers a thread.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile sizes (rows, columns of x), warps a program and stages of the software pipeline."""
+    """Tile sizes (rows, columns of x), warps of 32 threads a program, and stages of the software pipeline."""
 
     block_m: int
     block_d: int
@@ -13,48 +26,92 @@ class LaunchConfig:
     num_stages: int
 
 
-COLUMN_PROGRAMS = 1024
-ROW_PROGRAMS = 512
-GRAM_BLOCK_D = 16
-GRAM_SPLITS = 16
-SCALE_BLOCK_D = 128
-SUM_BLOCK = 512
-PRODUCT_CONFIG = LaunchConfig(64, 32, 4, 2)
-
 FEW_ROWS = 1024
-WIDE = 2**40
+"""Rows up to which 64-row blocks would leave most multiprocessors without work."""
 
-C = LaunchConfig
+WIDE = 2**40
+"""No limit."""
+
+# {(kernel, bytes an element of x, BLOCK_R): [(largest M, largest D, config), ...]}; the first line that fits serves
 CONFIGS = {
-    ("reflect", 2, 16): [(FEW_ROWS, WIDE, C(16, 256, 4, 3)), (WIDE, 2048, C(64, 128, 4, 3)), (WIDE, 8192, C(32, 128, 4, 3)), (WIDE, WIDE, C(16, 256, 4, 3))],
-    ("reflect", 2, 32): [(FEW_ROWS, WIDE, C(16, 128, 4, 3)), (WIDE, 4096, C(64, 64, 4, 3)), (WIDE, WIDE, C(32, 64, 4, 3))],
-    ("reflect", 2, 64): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(64, 64, 8, 2))],
-    ("reflect", 4, 16): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(32, 64, 4, 3))],
-    ("reflect", 4, 32): [(WIDE, WIDE, C(32, 64, 8, 2))],
-    ("reflect", 4, 64): [(WIDE, WIDE, C(32, 32, 8, 2))],
-    ("project", 2, 64): [(WIDE, WIDE, C(64, 64, 4, 2))],
-    ("project", 4, 64): [(WIDE, WIDE, C(64, 32, 4, 2))],
-    ("combine", 2, 64): [(WIDE, WIDE, C(64, 64, 4, 2))],
-    ("combine", 4, 64): [(WIDE, WIDE, C(64, 32, 8, 2))],
-    ("backward_rows", 2, 16): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(64, 128, 4, 2))],
-    ("backward_rows", 2, 32): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(32, 32, 8, 2))],
-    ("backward_rows", 4, 16): [(FEW_ROWS, WIDE, C(16, 64, 4, 3)), (WIDE, WIDE, C(32, 64, 4, 3))],
-    ("backward_rows", 4, 32): [(WIDE, WIDE, C(32, 32, 8, 2))],
-    ("backward_columns", 2, 16): [(WIDE, WIDE, C(32, 128, 4, 2))],
-    ("backward_columns", 2, 32): [(WIDE, WIDE, C(32, 128, 8, 2))],
-    ("backward_columns", 2, 64): [(WIDE, WIDE, C(32, 64, 8, 2))],
-    ("backward_columns", 4, 16): [(WIDE, WIDE, C(32, 64, 8, 2))],
-    ("backward_columns", 4, 32): [(WIDE, WIDE, C(32, 64, 8, 2))],
-    ("backward_columns", 4, 64): [(WIDE, WIDE, C(32, 32, 8, 2))],
+    ("reflect", 2, 16): [
+        (FEW_ROWS, WIDE, LaunchConfig(16, 256, 4, 3)),  # 8 KB tiles, 3 in flight: 24 KB; 16 steps a sweep at D = 4096
+        (WIDE, 2048, LaunchConfig(64, 128, 4, 3)),  # 64 rows x 2048 x 132 = 35 MB in L2; wgmma on sm_90
+        (WIDE, 8192, LaunchConfig(32, 128, 4, 3)),  # 35 MB at D = 4096; 102 registers on sm_90, 4 programs each
+        (WIDE, WIDE, LaunchConfig(16, 256, 4, 3)),  # 69 MB at D = 16384: half of the second sweep from L2
+    ],
+    ("reflect", 2, 32): [
+        (FEW_ROWS, WIDE, LaunchConfig(16, 128, 4, 3)),  # as above; v's tile is twice as tall, so half as wide
+        (WIDE, 4096, LaunchConfig(64, 64, 4, 3)),  # v is 128 D bytes a sweep: 64 rows of x for it to be no more than x
+        (WIDE, WIDE, LaunchConfig(32, 64, 4, 3)),  # 35 to 69 MB of rows in flight
+    ],
+    ("reflect", 2, 64): [
+        (FEW_ROWS, WIDE, LaunchConfig(16, 64, 4, 3)),  # as above
+        (WIDE, WIDE, LaunchConfig(32, 64, 8, 2)),  # 64 rows spill on sm_80, where the operands of mma are registers
+    ],
+    ("reflect", 4, 16): [
+        (FEW_ROWS, WIDE, LaunchConfig(16, 64, 4, 3)),  # 128 columns take all 255 registers (three-pass tf32)
+        (WIDE, WIDE, LaunchConfig(32, 64, 4, 3)),  # rows are twice as large: 32 of them are 35 MB at D = 2048
+    ],
+    ("reflect", 4, 32): [(WIDE, WIDE, LaunchConfig(32, 64, 8, 2))],  # 233 registers with 4 warps, so 8
+    ("reflect", 4, 64): [(WIDE, WIDE, LaunchConfig(32, 32, 8, 2))],  # likewise
+    # one sweep, so L2 does not limit the rows: 64 of them, for v's sake
+    ("backward_rows", 2, 16): [
+        (FEW_ROWS, WIDE, LaunchConfig(16, 256, 8, 2)),  # 64 columns spill in float16 on sm_120, 256 on 8 warps do not
+        (WIDE, WIDE, LaunchConfig(64, 128, 4, 2)),  # 16 KB tiles; 128 programs at M = 8192
+    ],
+    ("backward_rows", 2, 32): [
+        (FEW_ROWS, WIDE, LaunchConfig(16, 64, 4, 3)),  # 243 registers
+        (WIDE, WIDE, LaunchConfig(32, 32, 8, 2)),  # wider spills: q, p, m and dt are all float32 matrix operands
+    ],
+    ("backward_rows", 4, 16): [
+        (FEW_ROWS, WIDE, LaunchConfig(16, 64, 4, 3)),  # 230 registers
+        (WIDE, WIDE, LaunchConfig(32, 64, 4, 3)),  # 246 registers
+    ],
+    ("backward_rows", 4, 32): [(WIDE, WIDE, LaunchConfig(32, 32, 8, 2))],  # 239 registers
+    # a strip keeps v and dv on the chip; 128 columns are 256 contiguous bytes of each row
+    ("backward_columns", 2, 16): [(WIDE, WIDE, LaunchConfig(32, 128, 4, 2))],  # three 8 KB tiles; 188 registers
+    ("backward_columns", 2, 32): [(WIDE, WIDE, LaunchConfig(32, 128, 8, 2))],  # spills with 4 warps in float16
+    ("backward_columns", 2, 64): [(WIDE, WIDE, LaunchConfig(16, 64, 8, 2))],  # 32 rows spill in float16 on sm_80
+    ("backward_columns", 4, 16): [(WIDE, WIDE, LaunchConfig(32, 64, 8, 2))],  # 256 bytes of a row again
+    ("backward_columns", 4, 32): [(WIDE, WIDE, LaunchConfig(32, 64, 8, 2))],  # spills with 4 warps
+    ("backward_columns", 4, 64): [(WIDE, WIDE, LaunchConfig(16, 32, 8, 2))],  # 32 rows spill on sm_80
+    # more than 64 columns: arithmetic binds (10 R multiplications an element in 16 bits), so square tiles
+    ("backward_dv", 2, 64): [(WIDE, WIDE, LaunchConfig(32, 64, 8, 2))],
+    ("backward_dv", 4, 64): [(WIDE, WIDE, LaunchConfig(32, 32, 8, 2))],
+    ("project", 2, 64): [(WIDE, WIDE, LaunchConfig(64, 64, 8, 2))],  # 4 warps spill on sm_80
+    ("project", 4, 64): [(WIDE, WIDE, LaunchConfig(64, 32, 4, 2))],
+    ("combine", 2, 64): [(WIDE, WIDE, LaunchConfig(64, 32, 4, 2))],  # 64 columns spill on sm_80 and sm_120
+    ("combine", 4, 64): [(WIDE, WIDE, LaunchConfig(64, 32, 8, 2))],
 }
+
+PRODUCT_CONFIG = LaunchConfig(64, 32, 8, 2)
+"""`product_kernel`: tiles of 64 x 64, 32 of the inner axis a step; spills with 4 warps on sm_80."""
+
+COLUMN_PROGRAMS = 1024
+"""Programs `backward_columns_kernel` is divided into: 4 waves of 2 a multiprocessor. Their dv partials are 4 MB at
+R = 8, D = 4096, where M = 8192 rows of x, dy and dx are 201 MB. Constant, so that sums have one order on every GPU."""
+
+ROW_PROGRAMS = 512
+"""Most programs of `backward_rows_kernel`, each of which leaves R x R partial sums."""
+
+GRAM_BLOCK_D = 16
+"""`gram_kernel`: 16 x 16 x 16 float64 products a step, 16 a thread of 8 warps; 32 a thread spill on sm_120."""
+
+GRAM_SPLITS = 16
+"""Most splits of D in `gram_kernel`, of at least 512 columns each."""
+
+SCALE_BLOCK_D = 128
+"""`scale_rows_kernel`: 8 pairs x 128 columns a step, 8 float64 a thread."""
+
+SUM_BLOCK = 512
+"""`sum_kernel`: 16 bytes a thread and load."""
+
+SHAPES_OF_EVERY_LINE = ((64, 4096), (8192, 2048), (8192, 4096), (8192, 16384))
+"""(M, D) that between them reach every line of `CONFIGS`."""
 
 
 def select_config(kernel: str, element_size: int, block_r: int, M: int, D: int) -> LaunchConfig:
-    for most_m, most_d, config in CONFIGS[kernel, element_size, block_r]:
-        if M <= most_m and D <= most_d:
-            return config
-    raise AssertionError
-
-
-def shapes_of_every_config():
-    return [(64, 4096), (8192, 2048), (8192, 4096), (8192, 16384)]
+    """The first line of the table that fits."""
+    lines = CONFIGS[kernel, element_size, block_r]
+    return next(config for most_m, most_d, config in lines if most_m >= M and most_d >= D)

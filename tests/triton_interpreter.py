@@ -7,8 +7,11 @@ the hardware rounds to nearest even, and computes every float32 product exactly,
 """
 
 import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
+
+from hra_kernels import triton_backend, tuning
 
 Handle = interpreter.TensorHandle
 
@@ -24,19 +27,22 @@ def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def _tf32(values: np.ndarray) -> np.ndarray:
-    """What the matrix units read of a float32: the top 10 of its 23 mantissa bits."""
-    return (np.ascontiguousarray(values, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+def _tf32(values: np.ndarray, rounding: int) -> np.ndarray:
+    """float32 with the 10 mantissa bits of tf32: truncated (0), or rounded to nearest (0x1000, PTX's cvt.rna)."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + np.uint32(rounding)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _float32_product(a: np.ndarray, b: np.ndarray, precision) -> np.ndarray:
+    """As compiled: three passes round with cvt.rna, a single pass hands float32 to units that read the top bits."""
     name = str(precision).upper()
     if "TF32X3" in name:
-        a_hi, b_hi = _tf32(a), _tf32(b)
-        a_lo, b_lo = _tf32(a - a_hi), _tf32(b - b_hi)
+        a_hi, b_hi = _tf32(a, 0x1000), _tf32(b, 0x1000)
+        with np.errstate(invalid="ignore"):  # infinity - infinity
+            a_lo, b_lo = _tf32(a - a_hi, 0x1000), _tf32(b - b_hi, 0x1000)
         return a_lo @ b_hi + a_hi @ b_lo + a_hi @ b_hi
     if "TF32" in name:
-        return _tf32(a) @ _tf32(b)
+        return _tf32(a, 0) @ _tf32(b, 0)
     return a @ b
 
 
@@ -88,3 +94,24 @@ def _call_device_function(self, *args, **kwargs):
 
 
 interpreter.InterpretedFunction.__call__ = _call_device_function
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+_SHIPPED = dict(tuning.CONFIGS)
+_COARSE = [(tuning.WIDE, tuning.WIDE, tuning.LaunchConfig(64, 256, 4, 1))]
+
+
+@pytest.fixture(autouse=True)
+def coarse_tiles(request, monkeypatch):
+    """The interpreter's time goes with the number of tiles, so most tests run larger ones than those that ship."""
+    if "shipped_tiles" not in request.fixturenames:
+        monkeypatch.setattr(tuning, "CONFIGS", dict.fromkeys(_SHIPPED, _COARSE))
+        monkeypatch.setattr(triton_backend, "GRAM_BLOCK_D", 128)
+        monkeypatch.setattr(triton_backend, "SCALE_BLOCK_D", 512)
+
+
+@pytest.fixture
+def shipped_tiles():
+    """Ask for it to run with the tiles of `tuning`."""

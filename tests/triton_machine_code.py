@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -34,7 +35,7 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 10
 """Bytes of shared memory one program may have, from the makers' published limits."""
 
 MATRIX = r"\b(?:HMMA|HGMMA|UTCHMMA|UTCQMMA|OMMA|QMMA|UTC\w*MMA)|v_mfma_"
-WIDE = r"\b(?:LDG|STG|LDGSTS|LDS|STS)\b[.\w]*\.128|UBLKCP|UTMALDG|global_(?:load|store)_dwordx4|buffer_(?:load|store)_dwordx4"
+WIDE = r"\b(?:LDG|STG|LDGSTS)\b[.\w]*\.128|(?:global|buffer)_(?:load|store)_dwordx4"
 SPILL = r"\b(?:LDL|STL)\b|scratch_(?:load|store)"
 
 
@@ -95,8 +96,8 @@ class _Overheard:
         self.found.setdefault(Launch(name, tuple(signature), tuple(constants), tuple(aligned), options))
 
 
-def launches(target: str) -> list[Launch]:
-    """Every distinct launch over shapes that reach every line of `tuning`'s tables."""
+def launches_of(call: Callable[[], None], target: str = "sm_90") -> list[Launch]:
+    """Every distinct launch that `call` makes, as on `target`."""
     found: dict[Launch, None] = {}
     with mock.patch.multiple(
         triton_backend,
@@ -105,14 +106,23 @@ def launches(target: str) -> list[Launch]:
         _kernels=lambda: _overhear(triton_kernels, found),
         _factor_kernels=lambda: _overhear(triton_factor_kernels, found),
     ):
+        call()
+    return list(found)
+
+
+def launches(target: str) -> list[Launch]:
+    """Every distinct launch over shapes that reach every line of `tuning`'s tables."""
+
+    def call():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for rank in (8, 16, 32, 64, 128):
-                for M, D in tuning.shapes_of_every_config():
-                    _call_reflect(M, D, rank, dtype)
+                for M, D in tuning.SHAPES_OF_EVERY_LINE:
+                    call_reflect(M, D, rank, dtype)
         for rank in (8, 32, 256):
-            for gs in (False, True):
-                _call_factor(4096, rank, gs)
-    return list(found)
+            for apply_gs in (False, True):
+                call_factor(4096, rank, apply_gs)
+
+    return launches_of(call, target)
 
 
 def _overhear(module, found):
@@ -120,7 +130,7 @@ def _overhear(module, found):
     return mock.Mock(**kernels)
 
 
-def _call_reflect(M: int, D: int, R: int, dtype: torch.dtype) -> None:
+def call_reflect(M: int, D: int, R: int, dtype: torch.dtype) -> None:
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -131,7 +141,7 @@ def _call_reflect(M: int, D: int, R: int, dtype: torch.dtype) -> None:
     triton_backend.reflect_bwd(x, x, v, t, p, True)
 
 
-def _call_factor(D: int, R: int, apply_gs: bool) -> None:
+def call_factor(D: int, R: int, apply_gs: bool) -> None:
     u = torch.empty(D, R, device="meta")
     v, t = torch.empty(R, D, device="meta"), torch.empty(R, R, device="meta")
     triton_backend.wy_factor(u, apply_gs)

@@ -1,0 +1,44 @@
+"""Every launch of the Triton backend compiles, for GPUs that are not here, to machine code that may ship.
+
+Shared memory under the chip's limit, no spills, matrix instructions and 16-byte accesses where x is multiplied. The
+table is printed: `pytest -s`, or `python -m tests.triton_machine_code`.
+"""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests import triton_machine_code as machine_code
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+]
+
+
+@pytest.mark.parametrize("target", machine_code.TARGETS)
+def test_every_launch_compiles_well(target):
+    results = machine_code.compile_all([target])
+    print(f"\n{machine_code.table(results)}")
+    assert results and not [f"{result.launch}: {problem}" for result in results for problem in result.problems()]
+
+
+def test_a_new_batch_size_compiles_nothing():
+    """Whatever Triton would specialise on (1, multiples of 16), M is none of it: one kernel serves every M."""
+
+    def heard(M):
+        return set(machine_code.launches_of(lambda: machine_code.call_reflect(M, 4096, 8, machine_code.torch.bfloat16)))
+
+    small = heard(7)
+    assert heard(1) == heard(16) == heard(48) == small
+    assert heard(5000) == heard(8192) == heard(8193)
+
+
+def test_a_fat_tile_is_rejected():
+    """The gate sees spills: the same kernel with a tile no register file holds."""
+    launch = next(launch for launch in machine_code.launches("sm_90") if launch.kernel == "backward_rows_kernel")
+    constants = tuple((name, {"BLOCK_M": 256, "BLOCK_D": 256}.get(name, value)) for name, value in launch.constants)
+    fat = machine_code.Launch(launch.kernel, launch.signature, constants, launch.aligned, launch.options)
+    assert machine_code.compile_launch(fat, "sm_90").problems()
