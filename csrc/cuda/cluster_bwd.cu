@@ -41,7 +41,8 @@ struct ClusterBackwardShared : ClusterTiles<T, kRank, kSlice> {
 };
 
 template <typename T, int kRank, int kSlice>
-__global__ void __launch_bounds__(kThreads) cluster_bwd_kernel(const HRA_GRID_CONSTANT ClusterBackwardArguments<T> to) {
+__global__ void __launch_bounds__(kThreads, 1)
+    cluster_bwd_kernel(const HRA_GRID_CONSTANT ClusterBackwardArguments<T> to) {
 #ifdef HRA_HAS_CLUSTERS
   using Shared = ClusterBackwardShared<T, kRank, kSlice>;
   constexpr int kTiles = Shared::kWarpColumns / 8, kPadded = kPaddedRank<kRank>;

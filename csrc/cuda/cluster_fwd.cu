@@ -36,7 +36,8 @@ struct ClusterForwardShared : ClusterTiles<T, kRank, kSlice> {
 };
 
 template <typename T, int kRank, int kSlice>
-__global__ void __launch_bounds__(kThreads) cluster_fwd_kernel(const HRA_GRID_CONSTANT ClusterForwardArguments<T> to) {
+__global__ void __launch_bounds__(kThreads, 1)
+    cluster_fwd_kernel(const HRA_GRID_CONSTANT ClusterForwardArguments<T> to) {
 #ifdef HRA_HAS_CLUSTERS
   using Shared = ClusterForwardShared<T, kRank, kSlice>;
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());

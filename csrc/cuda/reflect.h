@@ -49,10 +49,12 @@ struct PaddedRank {
   static constexpr int value = kRank;
 };
 
-template <typename Visitor>
+template <typename T, typename Visitor>
 Status with_rank(int64_t R, Visitor visit) {
   if (R <= 16) return visit(PaddedRank<16>{});
-  if (R <= 32) return visit(PaddedRank<32>{});
+  if constexpr (sizeof(T) == 2) {
+    if (R <= 32) return visit(PaddedRank<32>{});
+  }
   return visit(PaddedRank<64>{});
 }
 

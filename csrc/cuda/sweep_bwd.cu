@@ -26,7 +26,8 @@ struct ProjectArguments {
 };
 
 template <typename T, int kRank>
-__global__ void __launch_bounds__(kThreads) sweep_bwd_project_kernel(const HRA_GRID_CONSTANT ProjectArguments<T> to) {
+__global__ void __launch_bounds__(kThreads, 1)
+    sweep_bwd_project_kernel(const HRA_GRID_CONSTANT ProjectArguments<T> to) {
   using Shared = Sweep<T, kRank>;
   static_assert(sizeof(Shared) <= kSharedEverywhere, "fits on every GPU that is served");
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
@@ -95,7 +96,7 @@ struct CoefficientsInFlight {
 };
 
 template <typename T, int kRank>
-__global__ void __launch_bounds__(kThreads) sweep_bwd_apply_kernel(const HRA_GRID_CONSTANT ApplyArguments<T> to) {
+__global__ void __launch_bounds__(kThreads, 1) sweep_bwd_apply_kernel(const HRA_GRID_CONSTANT ApplyArguments<T> to) {
   using Shared = ApplyShared<T, kRank>;
   static_assert(sizeof(Shared) <= kSharedEverywhere, "fits on every GPU that is served");
   constexpr int kRows = Shared::kRows, kTiles = Shared::kWarpColumns / 8;
@@ -227,7 +228,7 @@ Status sweep_bwd_workspace_bytes(const ReflectBwdParams& params, int64_t& bytes)
   Device gpu;
   if (Status status = current_device(gpu)) return status;
   return with_dtype(params.dtype, [&](auto zero) {
-    return with_rank(params.R, [&](auto rank) {
+    return with_rank<decltype(zero)>(params.R, [&](auto rank) {
       constexpr int kRank = decltype(rank)::value;
       bytes = 4 * plan_of(params, kRank, Sweep<decltype(zero), kRank>::kColumns, gpu.multiprocessors).floats;
       return Status{0};
@@ -239,7 +240,7 @@ Status sweep_bwd(const ReflectBwdParams& params, void* workspace, void* stream) 
   Device gpu;
   if (Status status = current_device(gpu)) return status;
   return with_dtype(params.dtype, [&](auto zero) {
-    return with_rank(params.R, [&](auto rank) -> Status {
+    return with_rank<decltype(zero)>(params.R, [&](auto rank) -> Status {
       using T = decltype(zero);
       constexpr int kRank = decltype(rank)::value;
       using Shared = ApplyShared<T, kRank>;

@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_fwd_kernel(const HRA_GRID_C
 
 Status sweep_fwd(const ReflectFwdParams& params, void* stream) {
   return with_dtype(params.dtype, [&](auto zero) {
-    return with_rank(params.R, [&](auto rank) {
+    return with_rank<decltype(zero)>(params.R, [&](auto rank) {
       using T = decltype(zero);
       constexpr int kRank = decltype(rank)::value;
       using Shared = Sweep<T, kRank>;

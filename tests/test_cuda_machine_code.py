@@ -1,0 +1,65 @@
+"""What nvcc makes of the CUDA kernels: no spills, matrix instructions and 16-byte accesses, memory that fits."""
+
+import pytest
+import torch
+
+from tests import cuda_machine_code
+from tests.cuda_machine_code import ARCHITECTURES, SHAPES, SHARED_LIMIT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    reason = cuda_machine_code.why_unavailable()
+    if reason:
+        pytest.skip(f"the CUDA kernels are not compiled: {reason}")
+    found = cuda_machine_code.kernels(cuda_machine_code.build())
+    print()
+    for kernel in found:
+        print(kernel)
+    return found
+
+
+def named(kernels, architecture, part):
+    return [kernel for kernel in kernels if kernel.architecture == architecture and part in kernel.name]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_local_memory(kernels, architecture):
+    found = named(kernels, architecture, "")
+    assert len(found) == 43
+    assert not [str(kernel) for kernel in found if kernel.stack or kernel.counts["local"]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("part", ["sweep_fwd", "sweep_bwd_project", "sweep_bwd_apply", "cluster_fwd", "cluster_bwd"])
+def test_instructions(kernels, architecture, part):
+    found = named(kernels, architecture, part)
+    if part.startswith("cluster"):
+        assert len(found) == 8
+        if architecture == "80":
+            assert all(kernel.registers <= 16 and not kernel.counts["mma"] for kernel in found), "empty before sm_90"
+            return
+        assert all(kernel.counts["cluster"] for kernel in found)
+    else:
+        assert len(found) == 8
+    for kernel in found:
+        assert kernel.counts["mma"] and kernel.counts["ldmatrix"] and kernel.counts["async16"], kernel
+        assert kernel.counts["load16"] or part == "sweep_bwd_apply", kernel
+        if part != "sweep_bwd_project":
+            assert kernel.counts["store16"], kernel
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_shared_memory_fits(op, capability):
+    for D, R in SHAPES:
+        if D > 4096 and capability != 90:
+            continue  # the sweeps take any width alike
+        for dtype in (torch.bfloat16, torch.float32):
+            shapes = cuda_machine_code.launches(op, D, R, dtype, capability)
+            assert max(size for _, _, size in shapes) <= SHARED_LIMIT[capability]
+            clustered = capability >= 90 and dtype == torch.bfloat16 and R <= 16
+            if capability == 90:
+                assert (shapes[0][1] > 1) == clustered, (D, R, dtype, shapes)
