@@ -5,8 +5,8 @@ writes this table anew. What CI checks today: every line compiles for sm_80, sm_
 spill, with matrix instructions and 16-byte accesses; `python -m tests.triton_machine_code` prints the registers.
 
 The reasoning, for an H100 (132 multiprocessors, 50 MB of L2, 3.0 TB/s):
-  * the second sweep finds x in L2 only while the rows in flight fit: 132 * block_m * D * 2 bytes against about 30 MB, of
-    which the reverse order saves a part where they do not: block_m * D of 2^17 to 2^18 elements;
+  * the second sweep finds x in L2 only while the rows in flight fit: 132 * block_m * D * 2 bytes against about 30 MB,
+    of which the reverse order saves part where they do not: block_m * D of 2^17 to 2^18 elements;
   * a program reads all of v (4 R D bytes) in each sweep, from L2: with R = 8 as many bytes as 16 rows of bfloat16 x, so
     a larger block_m halves that traffic; L2 gives about twice what device memory does;
   * few rows are few programs: the smallest block_m, and wide tiles for fewer steps, because latency is all there is;
