@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--providers", type=_provider, nargs="+", metavar="NAME", help="default: all that suit the level"
     )
     common.add_argument("--out", type=Path, help="folder for JSON and plots (default: none are written)")
+    common.add_argument("--save", action="store_true", help="write into this machine's folder of bench/results/")
     common.add_argument("--no-plots", action="store_true", help="JSON only")
     common.add_argument("--base", metavar="REF", help="measure this commit too, in turns, and compare")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -68,6 +69,8 @@ def make_report(options: argparse.Namespace, console: Console) -> None:
 def measure(options: argparse.Namespace, console: Console) -> None:
     """Run one level."""
     torch.set_num_threads(options.threads)
+    if options.save:
+        options.out = record.RESULTS / record.folder_name(options.device)
     module = LEVELS[options.level]
     if options.providers is None:
         names = getattr(module, "DEFAULT_PROVIDERS", list(providers.BY_NAME))
