@@ -23,6 +23,7 @@ two runs may not, ratios may with care.
 import json
 import math
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -92,7 +93,10 @@ def describe(device: torch.device, settings: dict) -> dict:
         "device": device.type,
         "cpu": {"name": cpu_name(), "isa": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
         "gpu": _gpu() if device.type == "cuda" else None,
-        "backends": ops.backend_report(),
+        "backends": {
+            name: reason and re.sub(r"\s*\(/[^)]*\)", "", reason)  # import errors name files of this machine
+            for name, reason in ops.backend_report().items()
+        },
         "settings": settings,
     }
 
