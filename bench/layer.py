@@ -109,8 +109,9 @@ def measure_case(
         row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
         leaf = x.detach().requires_grad_()
         known = [*layer.parameters(), *layer.buffers()]
-        row["saved_bytes"] = timing.saved_bytes(lambda layer=layer, leaf=leaf: layer(leaf), known)
-        row["saved_beyond_x_bytes"] = timing.saved_bytes(lambda layer=layer, leaf=leaf: layer(leaf), [*known, leaf])
+        saved = timing.saved_storages(lambda layer=layer, leaf=leaf: layer(leaf), known)
+        row["saved_bytes"] = sum(saved.values())
+        row["saved_beyond_x_bytes"] = row["saved_bytes"] - saved.get(leaf.untyped_storage().data_ptr(), 0)
         samplers[provider.name] = timing.sampler(timed, device, len(inputs))
         row["timing"] = getattr(samplers[provider.name], "method", "calls")
     floor = catalogue.FLOOR if catalogue.FLOOR in samplers else None

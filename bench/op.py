@@ -73,7 +73,7 @@ class _CompiledReference:
 
 def _on_backend(name: str, call: Callable[[_Inputs], object], sets: list[_Inputs]) -> Callable[[int], object]:
     def run(i: int) -> object:
-        with ops.use_backend(name):
+        with torch.no_grad(), ops.use_backend(name):
             return call(sets[i])
 
     return run
@@ -113,9 +113,9 @@ def measure_case(
         for name, call in calls.items():
             key = f"{name} {backend}"
             rows[key] = {"provider": backend, "label": f"{name}, {backend}", "op": name, "why": None, "error": error}
-            with torch.no_grad():
-                timed = timing.Variant(_on_backend(forced, call, sets))
-                samplers[key] = timing.sampler(timed, device, len(sets))
+            timed = timing.Variant(_on_backend(forced, call, sets))
+            timed.run(0)  # what compiles, compiles here
+            samplers[key] = timing.sampler(timed, device, len(sets))
     result = timing.interleave(
         samplers,
         FLOOR,

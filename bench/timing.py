@@ -224,7 +224,8 @@ def interleave(
     """Measure in shuffled rounds over about `seconds`; the floor runs in every round, everything in at least 5, or in
     3 where one call takes over a second.
 
-    A round disturbed by other processes is thrown away and repeated, until as many have been repeated as are wanted.
+    A round disturbed by other processes is thrown away and repeated, until as many have been repeated as are wanted or
+    time is up.
     """
     cost = {}
     for name, sample in samplers.items():
@@ -240,6 +241,7 @@ def interleave(
         count[floor] = rounds
     order = random.Random(0)
     result = Rounds({name: {} for name in samplers}, rounds, 0, 0)
+    deadline = time.perf_counter() + 1.5 * seconds
     clock = HeldUp()
     for k in range(rounds):
         # a variant with fewer rounds than the rest takes part at even distances
@@ -247,7 +249,7 @@ def interleave(
         while True:
             sampled = {name: samplers[name]() for name in order.sample(due, len(due))}
             disturbed = clock.disturbed()
-            if not disturbed or result.repeated == rounds:
+            if not disturbed or result.repeated == rounds or time.perf_counter() > deadline:
                 break
             result.repeated += 1
         result.disturbed += disturbed
@@ -291,8 +293,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def saved_bytes(forward: Callable[[], object], without: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages autograd keeps for backward, without those of the tensors in `without`."""
+def saved_storages(forward: Callable[[], object], without: Iterable[Tensor]) -> dict[int, int]:
+    """{address: bytes} of the storages autograd keeps for backward, without those of the tensors in `without`."""
     known = {tensor.untyped_storage().data_ptr() for tensor in without}
     sizes: dict[int, int] = {}
     kept = []  # holds every packed tensor, so that no storage is freed and its address seen twice
@@ -306,4 +308,4 @@ def saved_bytes(forward: Callable[[], object], without: Iterable[Tensor]) -> int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         forward()
-    return sum(sizes.values())
+    return sizes
