@@ -1,8 +1,8 @@
 """Adapted layers as functions: a frozen weight times a chain of Householder reflections, W' = W Q.
 
-    hra_linear   y = x W'ᵀ = (x Qᵀ) Wᵀ            input side: the weight is never touched, its gradient never formed
-    hra_conv2d   y = conv(x, W) - conv1x1(conv(x, v), (W vᵀ) t)    output side, with v as R extra filters
-    hra_weight   W Q                              weight side: for merging
+hra_linear   y = x W'ᵀ = (x Qᵀ) Wᵀ            input side: the weight is never touched, its gradient never formed
+hra_conv2d   y = conv(x, W) - conv1x1(conv(x, v), (W vᵀ) t)    output side, with v as R extra filters
+hra_weight   W Q                              weight side: for merging
 """
 
 from collections.abc import Sequence
