@@ -126,8 +126,8 @@ def _layer_block(runs: list[dict]) -> str:
     case = runs[0]["case"]
     return (
         f"One adapted layer, forward and backward over the frozen layer alone ({case['dtype']}, R = {case['rank']}; "
-        "shapes are rows x in x out; an empty cell was not measured; memory kept for backward beyond x, the most of all "
-        "shapes; the worst relative error against float64):\n\n" + _ratio_table(runs, more, ["kept", "error"])
+        "shapes are rows x in x out; an empty cell was not measured; memory kept for backward beyond x, the most of "
+        "all shapes; the worst relative error against float64):\n\n" + _ratio_table(runs, more, ["kept", "error"])
     )
 
 
