@@ -90,10 +90,10 @@ def measure_case(
     case = {"name": str(shape), "M": shape.M, "D": shape.D, "dtype": dtype_name, "rank": rank}
     rows: dict[str, dict] = {FLOOR: {"provider": FLOOR, "label": "x.clone()", "op": FLOOR, "why": None}}
     samplers = {FLOOR: timing.sampler(timing.Variant(lambda i: sets[i].x.clone()), device, len(sets))}
-    backends = options.backends or [*ops.backend_report(), "compiled reference"]
+    backends = options.backends or [*record.backend_report(), "compiled reference"]
     for k, backend in enumerate(backends):
         progress(f"{case['name']} r{rank} {dtype_name}: check {backend}", 0.5 * k / len(backends))
-        error, why = None, ops.backend_report().get(backend)
+        error, why = None, record.backend_report().get(backend)
         why = why and f"not available: {why}"
         if why is None:
             forced = backend if backend != "compiled reference" else "reference"

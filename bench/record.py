@@ -79,10 +79,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def describe(device: torch.device, settings: dict) -> dict:
-    """The `meta` of a run: code, versions, machine, settings."""
+def backend_report() -> dict[str, str | None]:
+    """`ops.backend_report()` without the names of this machine's files, which import errors mention."""
     from hra_kernels import ops
 
+    return {name: reason and re.sub(r"\s*\(/[^)]*\)", "", reason) for name, reason in ops.backend_report().items()}
+
+
+def describe(device: torch.device, settings: dict) -> dict:
+    """The `meta` of a run: code, versions, machine, settings."""
     # results that are about to be committed are no reason to call the code they measure dirty
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
     return {
@@ -93,10 +98,7 @@ def describe(device: torch.device, settings: dict) -> dict:
         "device": device.type,
         "cpu": {"name": cpu_name(), "isa": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
         "gpu": _gpu() if device.type == "cuda" else None,
-        "backends": {
-            name: reason and re.sub(r"\s*\(/[^)]*\)", "", reason)  # import errors name files of this machine
-            for name, reason in ops.backend_report().items()
-        },
+        "backends": backend_report(),
         "settings": settings,
     }
 
