@@ -178,7 +178,10 @@ def results_section(results: Path, source: Callable[[dict], str]) -> str:
         if not files:
             continue
         sources = dict.fromkeys(source(run["meta"]) for runs in files.values() for run in runs)
-        parts.append(f"### {folder.name}\n\nMeasured on {'; '.join(sources)}.")
+        counts = [run["rounds"] for runs in files.values() for run in runs if "rounds" in run]
+        disturbed, rounds = (sum(count[key] for count in counts) for key in ("disturbed", "rounds"))
+        busy = f" Other processes disturbed {disturbed} of the {rounds} rounds." if disturbed else ""
+        parts.append(f"### {folder.name}\n\nMeasured on {'; '.join(sources)}.{busy}")
         for level in ("layer", "op", "model", "scaling", "numerics"):
             if level in files and level in BLOCKS:
                 parts.append(BLOCKS[level](files[level]))
