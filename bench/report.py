@@ -178,9 +178,13 @@ def results_section(results: Path, source: Callable[[dict], str]) -> str:
         if not files:
             continue
         sources = dict.fromkeys(source(run["meta"]) for runs in files.values() for run in runs)
-        counts = [run["rounds"] for runs in files.values() for run in runs if "rounds" in run]
-        disturbed, rounds = (sum(count[key] for count in counts) for key in ("disturbed", "rounds"))
-        busy = f" Other processes disturbed {disturbed} of the {rounds} rounds." if disturbed else ""
+        busy = [
+            f"{run['case']['name']} ({level}): {run['rounds']['disturbed']} of {run['rounds']['rounds']}"
+            for level, runs in files.items()
+            for run in runs
+            if run.get("rounds", {}).get("disturbed")
+        ]
+        busy = f" Rounds that other processes disturbed: {'; '.join(busy)}." if busy else ""
         parts.append(f"### {folder.name}\n\nMeasured on {'; '.join(sources)}.{busy}")
         for level in ("layer", "op", "model", "scaling", "numerics"):
             if level in files and level in BLOCKS:
