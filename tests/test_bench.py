@@ -133,7 +133,7 @@ def test_disturbed_rounds_are_repeated_and_counted(monkeypatch):
     answers = iter([True, True, False] + [False] * 3 + [True] * 100)
     monkeypatch.setattr(timing.HeldUp, "disturbed", lambda self: next(answers))
     counter = iter(range(1000))
-    result = timing.interleave({"a": lambda: float(next(counter))}, "a", 1e-9, min_rounds=5)
+    result = timing.interleave({"a": lambda: float(next(counter))}, "a", 60, min_rounds=5, max_rounds=5)
     assert (result.rounds, result.repeated, result.disturbed) == (5, 5, 1)
     assert next(iter(result.taken["a"].values())) == 3  # call 0 is the estimate, 1 and 2 were thrown away
 
