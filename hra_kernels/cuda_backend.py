@@ -36,7 +36,9 @@ class CudaBackend:
         self._device_type = device_type
 
     def why_unavailable(self) -> str | None:
-        """None: the module is loaded."""
+        """None, or that there is no GPU for the loaded module."""
+        if self._device_type == "cuda" and not torch.cuda.is_available():
+            return "the CUDA module is built, but PyTorch sees no GPU"
         return None
 
     def why_unsupported(self, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
