@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hra_kernels.ops import attach_factor, reflect_chain
-from hra_kernels.reference import factor_dtype
+from hra_kernels.ops import attach_factor, in_factor_dtype, reflect_chain
 
 Factor = tuple[Tensor, Tensor]
 
@@ -194,8 +193,7 @@ def hra_conv2d(
         raise ValueError(f"hra_conv2d: x must be (B, C, H, W) with C = {w.shape[1]}, got shape {tuple(x.shape)}")
     _check_dtypes("hra_conv2d", x, w)
     us, flags = _chains("hra_conv2d", u, apply_gs, w[0].numel())
-    wanted = factor_dtype(w.dtype)
-    us = [one if factor_dtype(one.dtype) == wanted else one.to(wanted) for one in us]
+    us = in_factor_dtype(us, w.dtype)
     geometry = (stride, padding, dilation, padding_mode)
     correction = conv2d_correction(x, w, attach_factor(us, flags, factor), *geometry)
     return _conv2d(x, w, bias, *geometry) + correction

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.functional import hra_conv2d, hra_linear, hra_weight
+from hra_kernels.reference import factor_dtype
 
 
 class _HRALayer(nn.Module):
@@ -18,7 +19,7 @@ class _HRALayer(nn.Module):
         self.r = r
         self.apply_gs = apply_gs
         weight = base_layer.weight
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = factor_dtype(weight.dtype)
         self.hra_u = nn.Parameter(torch.empty(weight[0].numel(), r, dtype=wide, device=weight.device))
         self.reset_parameters(init_weights)
         self._factors = FactorCache()

@@ -304,7 +304,7 @@ def chain_factor(
     for u in us:
         _check_u("chain_factor", u)
     with torch.no_grad():
-        us = _in_factor_dtype(us, dtype)
+        us = in_factor_dtype(us, dtype)
         return reference.join_factors([torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
@@ -330,7 +330,7 @@ def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[T
     return [factors[i] for i in range(len(us))]
 
 
-def _in_factor_dtype(us: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def in_factor_dtype(us: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """us such that their factor has `dtype`'s factor dtype; only a mixture with float64 needs a conversion."""
     wanted = factor_dtype(dtype)
     return [u if factor_dtype(u.dtype) == wanted else u.to(wanted) for u in us]
@@ -392,4 +392,4 @@ def reflect_chain(
     Returns:
         (..., D) in x's dtype.
     """
-    return reflect(x, *attach_factor(_in_factor_dtype(us, x.dtype), apply_gs, factor), transpose)
+    return reflect(x, *attach_factor(in_factor_dtype(us, x.dtype), apply_gs, factor), transpose)

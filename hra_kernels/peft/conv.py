@@ -15,10 +15,9 @@ from torch.func import functional_call
 
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.functional import conv2d_correction, hra_weight
-from hra_kernels.ops import attach_factor
+from hra_kernels.ops import attach_factor, in_factor_dtype
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.offload import is_offloaded, loaded
-from hra_kernels.reference import factor_dtype
 
 
 class HRAConv2d(ReflectionLayer, PeftHRAConv2d):
@@ -69,8 +68,7 @@ class HRAConv2d(ReflectionLayer, PeftHRAConv2d):
             weight = hra_weight(base.weight, us, apply_gs=apply_gs, factor=factor)
             name = next(name for name, parameter in self.base_layer.named_parameters() if parameter is base.weight)
             return functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
-        wanted = factor_dtype(x.dtype)
-        us = [u if factor_dtype(u.dtype) == wanted else u.to(wanted) for u in us]
+        us = in_factor_dtype(us, x.dtype)
         geometry = (base.stride, base.padding, base.dilation, base.padding_mode)
         with loaded(base):
             correction = conv2d_correction(x, base.weight, attach_factor(us, apply_gs, factor), *geometry)
