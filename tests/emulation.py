@@ -40,6 +40,7 @@ def build(source: Path = ROOT, *, sanitize: bool = False, name: str | None = Non
         f"-DHRA_EMULATION_SANITIZE={'ON' if sanitize else 'OFF'}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DPython_EXECUTABLE={sys.executable}",
+        "-DCMAKE_CXX_COMPILER=c++",  # not $CXX: PEFT's BOFT sets it to gcc, which links no C++ library
         "-DCMAKE_BUILD_TYPE=None",  # the target brings its own -O2
     ]
     run(["cmake", "-S", str(source / "csrc"), "-B", str(folder), *options])
