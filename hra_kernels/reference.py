@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 GS_RTOL = 2.0**-13
@@ -247,7 +248,10 @@ def _without_autocast(function: Callable) -> Callable:
 
 @_without_autocast
 def reflect_fwd(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor]:
-    """y = x - (x vᵀ) m v in x's dtype and p = x vᵀ (M, R) in v's dtype; m = tᵀ if transpose else t."""
+    """y = x - (x vᵀ) m v in x's dtype and p = x vᵀ (M, R) in v's dtype; m = tᵀ if transpose else t.
+
+    Leading dimensions that x, v and t share are a batch, as in `torch.matmul`; `reflect_bwd` likewise.
+    """
     m = t.mT if transpose else t
     p = x.to(v.dtype) @ v.mT
     return (x.to(v.dtype) - (p @ m) @ v).to(x.dtype), p
@@ -323,6 +327,26 @@ def split_factor(v: Tensor, t: Tensor, widths: Sequence[int]) -> list[tuple[Tens
 def chain_factor(us: Sequence[Tensor], apply_gs: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """(v, t) of Q_1 Q_2 ... for the chains of several u."""
     return join_factors([wy_factor(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
+
+
+def stack_factors(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """v (C, R, D) and t (C, R, R) of C chains side by side; those of lower rank end in zero rows, which do nothing."""
+    rank = max(v.shape[0] for v, _ in factors)
+    pads = [rank - v.shape[0] for v, _ in factors]
+    v = torch.stack([F.pad(v, (0, 0, 0, pad)) for (v, _), pad in zip(factors, pads, strict=True)])
+    t = torch.stack([F.pad(t, (0, pad, 0, pad)) for (_, t), pad in zip(factors, pads, strict=True)])
+    return v, t
+
+
+def reflect_mixed(
+    x: Tensor, v: Tensor, t: Tensor, chains: Tensor, samples: Tensor | None = None, transpose: bool = False
+) -> Tensor:
+    """y (B, L, D): x[samples[s]] (L, D) reflected by chain number chains[s] of `stack_factors`; other samples as is.
+
+    `samples` None means every sample of x, in order. Sample by sample this is `reflect_fwd`, and so is its gradient.
+    """
+    y, _ = reflect_fwd(x if samples is None else x[samples], v[chains], t[chains], transpose)
+    return y if samples is None else x.index_copy(0, samples, y)
 
 
 def why_unavailable() -> str | None:

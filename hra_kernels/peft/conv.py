@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.functional import conv2d_correction, hra_weight
+from hra_kernels.mixed_batch import conv_correction_mixed
 from hra_kernels.ops import attach_factor, in_factor_dtype
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.offload import is_offloaded, loaded
@@ -69,10 +70,26 @@ class HRAConv2d(ReflectionLayer, PeftHRAConv2d):
             name = next(name for name, parameter in self.base_layer.named_parameters() if parameter is base.weight)
             return functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
         us = in_factor_dtype(us, x.dtype)
-        geometry = (base.stride, base.padding, base.dilation, base.padding_mode)
         with loaded(base):
-            correction = conv2d_correction(x, base.weight, attach_factor(us, apply_gs, factor), *geometry)
+            correction = conv2d_correction(x, base.weight, attach_factor(us, apply_gs, factor), *_geometry(base))
         return self.base_layer(x, *args, **kwargs) + correction
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        if _runs_own_code(base):  # W Q in place of its weight would be one weight for all samples
+            return super()._mixed_forward(x, adapter_names, *args, **kwargs)
+        if x.dim() != base.weight.dim():
+            raise ValueError(f"adapter_names: the input of {self.describe()} must be (B, C, ...), got {tuple(x.shape)}")
+        v, t, chains, samples = self._mixed_batch(adapter_names, x)
+        own = x if samples is None else x[samples]
+        with loaded(base):
+            correction = conv_correction_mixed(own, base.weight, v, t, chains, *_geometry(base))
+        y = self.base_layer(x, *args, **kwargs)
+        return y + correction if samples is None else y.index_add(0, samples, correction)
+
+
+def _geometry(base: nn.Module) -> tuple:
+    return base.stride, base.padding, base.dilation, base.padding_mode
 
 
 def _runs_own_code(base: nn.Conv2d) -> bool:

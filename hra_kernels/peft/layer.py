@@ -15,20 +15,23 @@ from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from torch import Tensor, nn
 
 from hra_kernels.factor_cache import FactorCache
+from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import reflect_chain
 from hra_kernels.peft import merge
-from hra_kernels.peft.offload import is_offloaded, loaded
+from hra_kernels.peft.adapter_names import MixedBatch, MixedFactors, check_mixed_batch
+from hra_kernels.peft.offload import loaded
 
 _CASTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class ReflectionLayer(HRALayer):
-    """What `HRALinear` and `HRAConv2d` share. A subclass supplies `_adapted_forward`."""
+    """What the layers of this package share. A subclass supplies `_adapted_forward`, and `_mixed_forward` if it can."""
 
     name_in_model: str = ""
     """Where the layer sits in its model, for error messages."""
 
     _merged: "merge.Merged | None" = None
+    _mixed_factors: MixedFactors | None = None
 
     def describe(self) -> str:
         """The layer's name in its model where known, and its kind."""
@@ -70,15 +73,26 @@ class ReflectionLayer(HRALayer):
 
     def train(self, mode: bool = True) -> nn.Module:
         """As `nn.Module.train`. Forgets the cached factor: weights averaged by hand are swapped in around this call."""
-        self._factors.clear()
+        self._forget_factors()
         return super().train(mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; the adapter's factors go with it."""
+        self._forget_factors()
+        super().delete_adapter(adapter_name)
+
+    def _forget_factors(self) -> None:
+        self._factors.clear()
+        self._mixed_factors = None
 
     # --- forward
 
-    def _adapters_to_apply(self) -> list[str]:
-        """In PEFT's order: W Q_1 Q_2 ..."""
+    def _adapters_to_apply(self, adapter_names: list[str] | None = None) -> list[str]:
+        """In PEFT's order: W Q_1 Q_2 ...; of a mixed batch, those on this layer that a sample names."""
         if self.disable_adapters or self.merged:
             return []
+        if adapter_names is not None:
+            return [name for name in self.hra_u if name in adapter_names]
         return [name for name in self.active_adapters if name in self.hra_u]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -88,27 +102,32 @@ class ReflectionLayer(HRALayer):
             x: the base layer's input. Outside autocast it is cast to the base weight's floating dtype, and the result
                 back to x's, unless `peft.helpers.disable_input_dtype_casting` is in force; under autocast it is cast
                 as the base layer itself would, and the result has the base layer's dtype.
-            args, kwargs: passed to the base layer as they are.
+            args, kwargs: passed to the base layer as they are. But `adapter_names`, one a sample of the batch, chooses
+                for each sample one adapter, or none by the name "__base__", in place of the active ones.
 
-        With no adapter active on this layer the result is the base layer's, bit for bit.
+        With no adapter active on this layer, or on a sample, the result is the base layer's, bit for bit.
         """
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(MIXED_BATCH)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is not None:
+            check_mixed_batch(self, x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = self._adapters_to_apply()
+        names = self._adapters_to_apply(adapter_names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        if is_offloaded(self.hra_u):
-            with loaded(self.hra_u):
-                return self._cast_forward(x, names, *args, **kwargs)
-        return self._cast_forward(x, names, *args, **kwargs)
+        with loaded(self.hra_u):
+            return self._cast_forward(x, names, adapter_names, *args, **kwargs)
 
-    def _cast_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _cast_forward(
+        self, x: Tensor, names: list[str], adapter_names: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         given = x.dtype
         x = self._cast_for_base(x)
-        us, apply_gs = [self.hra_u[name] for name in names], [self.hra_apply_GS[name] for name in names]
-        result = self._adapted_forward(x, us, apply_gs, *args, **kwargs)
+        if adapter_names is not None:
+            result = self._mixed_forward(x, adapter_names, *args, **kwargs)
+        else:
+            us, apply_gs = [self.hra_u[name] for name in names], [self.hra_apply_GS[name] for name in names]
+            result = self._adapted_forward(x, us, apply_gs, *args, **kwargs)
         return result if x.dtype == given or torch.is_autocast_enabled(x.device.type) else result.to(given)
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
@@ -121,6 +140,18 @@ class ReflectionLayer(HRALayer):
 
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
         raise NotImplementedError
+
+    def _mixed_batch(self, adapter_names: list[str], x: Tensor) -> MixedBatch:
+        """What `reflect_mixed` needs for an x whose samples have these adapters."""
+        if self._mixed_factors is None:
+            self._mixed_factors = MixedFactors()
+        return self._mixed_factors.get(self, adapter_names, x)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError(
+            f"HRA: adapter_names (a batch that mixes adapters) is not supported by {self.describe()}; exclude it "
+            "(exclude_modules), or choose adapters with set_adapter() and run one forward for each"
+        )
 
     # --- merging
 
@@ -147,12 +178,6 @@ class ReflectionLayer(HRALayer):
         merge.unmerge(self)
 
 
-MIXED_BATCH = (
-    "HRA: adapter_names (a batch that mixes adapters) is not supported; choose adapters with set_adapter() and run one "
-    "forward for each"
-)
-
-
 class HRALinear(ReflectionLayer, PeftHRALinear):
     """PEFT's HRA layer over an `nn.Linear` or a subclass of it, quantised ones included.
 
@@ -166,3 +191,7 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
         factor = self._factors.get(us, apply_gs, x.dtype)
         return self.base_layer(reflect_chain(x, us, apply_gs, factor, transpose=True), *args, **kwargs)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        batch = self._mixed_batch(adapter_names, x)
+        return self.base_layer(reflect_mixed(x, *batch, transpose=True), *args, **kwargs)

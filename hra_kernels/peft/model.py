@@ -10,8 +10,9 @@ from peft.tuners.hra.model import HRAModel as PeftHRAModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from hra_kernels.peft.adapter_names import accept_adapter_names
 from hra_kernels.peft.conv import HRAConv2d
-from hra_kernels.peft.layer import MIXED_BATCH, HRALinear, ReflectionLayer
+from hra_kernels.peft.layer import HRALinear, ReflectionLayer
 from hra_kernels.peft.merge import require_mergeable, shared_parameters
 from hra_kernels.peft.offload import is_offloaded
 
@@ -60,9 +61,12 @@ class HRAModel(PeftHRAModel):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT calls this around forward and generate with their keyword arguments."""
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(MIXED_BATCH)
-        yield
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        with accept_adapter_names(self.model, self._layers(), adapter_names, kwargs.get("num_beams")):
+            yield
 
     def _check_merge_allowed(self) -> None:
         shared = shared_parameters(self.model)
