@@ -60,6 +60,19 @@ std::atomic<const Kernels*>& chosen() {
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
+int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return 4;
+    case DType::kFloat64:
+      return 8;
+    case DType::kBFloat16:
+    case DType::kFloat16:
+      return 2;
+  }
+  return 0;
+}
+
 }  // namespace
 
 const char* isa() { return kernels().name; }
@@ -78,8 +91,17 @@ bool set_isa(const char* name) {
   return false;
 }
 
-void reflect_fwd(const ReflectFwdParams& params, int num_threads) { kernels().reflect_fwd(params, num_threads); }
-void reflect_bwd(const ReflectBwdParams& params, int num_threads) { kernels().reflect_bwd(params, num_threads); }
+void reflect_fwd(const ReflectFwdParams& params, int num_threads) {
+  if (params.stride_ym == params.D) will_write(params.y_ptr, params.M * params.D * element_bytes(params.dtype));
+  kernels().reflect_fwd(params, num_threads);
+}
+
+void reflect_bwd(const ReflectBwdParams& params, int num_threads) {
+  if (params.dx_ptr != nullptr && params.stride_dxm == params.D)
+    will_write(params.dx_ptr, params.M * params.D * element_bytes(params.dtype));
+  kernels().reflect_bwd(params, num_threads);
+}
+
 void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads) { kernels().wy_factor_fwd(params, num_threads); }
 void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads) { kernels().wy_factor_bwd(params, num_threads); }
 

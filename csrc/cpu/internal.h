@@ -16,6 +16,9 @@ void run_tasks(int tasks, int num_threads, void (*work)(int task, void* context)
 void* allocate(size_t bytes);
 void release(void* memory);
 
+// Announces that a whole tensor is about to be written for the first time (parallel.cpp).
+void will_write(void* begin, int64_t bytes);
+
 struct Kernels {
   const char* name;
   void (*reflect_fwd)(const ReflectFwdParams&, int num_threads);

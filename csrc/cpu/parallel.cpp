@@ -6,8 +6,12 @@
 // the size that torch's own regions have, because libgomp ends the surplus threads of a pool when a smaller team
 // starts. Where there is no runtime, std::thread serves.
 #include <dlfcn.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <thread>
@@ -74,5 +78,18 @@ void* allocate(size_t bytes) {
 }
 
 void release(void* memory) { std::free(memory); }
+
+// A large tensor fresh from the allocator is memory that the kernel has yet to map. In pages of 4 KiB that costs as
+// much as copying the tensor: a clone of 32 MiB took 23 ms so, and 8 ms into mapped memory. Pages of 2 MiB are asked
+// for where the system gives them on request; elsewhere, and for memory that is mapped already, this does nothing.
+void will_write([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  if (bytes < static_cast<int64_t>(2 * kHugePage)) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 }  // namespace hra::cpu

@@ -116,26 +116,31 @@ void dots(C* p, const Block<T>& block, const T* x, int64_t stride_xm, int64_t ro
 
 template <class T, int ROWS, class C = Accumulator<T>>
 HRA_INLINE void apply_rows(T* y, int64_t stride_ym, const T* x, int64_t stride_xm, const C* s, const Block<T>& block,
-                           int64_t first, int64_t last) {
+                           int64_t first, int64_t last, const T* ahead, int64_t stride_ahead) {
   const int64_t end = smaller(last, block.full());
   int64_t k = first;
   for (; k + kApplyVecs <= end; k += kApplyVecs)
-    apply_tile<T, ROWS, kApplyVecs, false>(y, stride_ym, x, stride_xm, s, block.stride_s, block.v, k, 0);
-  for (; k < end; ++k) apply_tile<T, ROWS, 1, false>(y, stride_ym, x, stride_xm, s, block.stride_s, block.v, k, 0);
-  if (k < last) apply_tile<T, ROWS, 1, true>(y, stride_ym, x, stride_xm, s, block.stride_s, block.v, k, block.tail());
+    apply_tile<T, ROWS, kApplyVecs, false>(y, stride_ym, x, stride_xm, s, block.stride_s, block.v, k, 0, ahead,
+                                           stride_ahead);
+  for (; k < end; ++k)
+    apply_tile<T, ROWS, 1, false>(y, stride_ym, x, stride_xm, s, block.stride_s, block.v, k, 0, ahead, stride_ahead);
+  if (k < last)
+    apply_tile<T, ROWS, 1, true>(y, stride_ym, x, stride_xm, s, block.stride_s, block.v, k, block.tail(), ahead,
+                                 stride_ahead);
 }
 
-// y = x + s v on the vectors [first, last) of the block's rows.
+// y = x + s v on the vectors [first, last) of the block's rows; `ahead` is null or as many rows that are needed next.
 template <class T, class C = Accumulator<T>>
 void apply(T* y, int64_t stride_ym, const T* x, int64_t stride_xm, const C* s, const Block<T>& block, int64_t rows,
-           int64_t first, int64_t last) {
+           int64_t first, int64_t last, const T* ahead, int64_t stride_ahead) {
+  const auto ahead_of = [&](int64_t m) { return ahead != nullptr ? ahead + m * stride_ahead : nullptr; };
   int64_t m = 0;
   for (; m + kApplyRows <= rows; m += kApplyRows)
     apply_rows<T, kApplyRows>(y + m * stride_ym, stride_ym, x + m * stride_xm, stride_xm, s + m * block.stride_s, block,
-                              first, last);
+                              first, last, ahead_of(m), stride_ahead);
   for (; m < rows; ++m)
     apply_rows<T, 1>(y + m * stride_ym, stride_ym, x + m * stride_xm, stride_xm, s + m * block.stride_s, block, first,
-                     last);
+                     last, ahead_of(m), stride_ahead);
 }
 
 // out (R, :) += aᵀ first + bᵀ second over the rows of a block, vectors [begin, end) of `full` whole ones and a tail.
@@ -241,7 +246,7 @@ struct Forward {
       small_product(s_block, p_block, minus_m, rows, R, stride_s);
       for (int64_t first = 0; first < block.v.vecs(); first += kChunkVecs)
         apply(y, params.stride_ym, x, params.stride_xm, s_block, block, rows, first,
-              smaller(block.v.vecs(), first + kChunkVecs));
+              smaller(block.v.vecs(), first + kChunkVecs), static_cast<const T*>(nullptr), 0);
     }
   }
 };
@@ -321,7 +326,10 @@ struct Backward {
       }
       for (int64_t first = 0; first < block.v.vecs(); first += kChunkVecs) {
         const int64_t last = smaller(block.v.vecs(), first + kChunkVecs);
-        if (wants_dx) apply(dx, params.stride_dxm, dy, params.stride_dym, b_block, block, rows, first, last);
+        // x is met for the first time in dv's tiles, three vectors of a row at a time, which no hardware prefetcher
+        // follows: fetched while dx is written, the backward takes 0.83 to 0.88 of the time without
+        if (wants_dx)
+          apply(dx, params.stride_dxm, dy, params.stride_dym, b_block, block, rows, first, last, x, params.stride_xm);
         if (wants_dv) {
           const Outer<T, C> o{dv_sum, stride_dv,        false,    a_block, dy,           params.stride_dym, b_block,
                               x,      params.stride_xm, stride_s, rows,    block.full(), block.tail()};

@@ -98,11 +98,19 @@ HRA_INLINE void dot_tile(Vec<C>* sums, bool fresh, const T* x, int64_t stride_xm
   }
 }
 
-// y = x + s v on VECS vectors of ROWS rows from vector k on; the last one has `tail` elements if kPartial.
+// y = x + s v on VECS vectors of ROWS rows from vector k on; the last one has `tail` elements if kPartial. Meanwhile
+// the same part of the rows at `ahead`, if not null, is fetched into L2.
 template <class T, int ROWS, int VECS, bool kPartial, class C = Accumulator<T>>
 HRA_INLINE void apply_tile(T* y, int64_t stride_ym, const T* x, int64_t stride_xm, const C* s, int64_t stride_s,
-                           const Packed<C>& v, int64_t k, int tail) {
+                           const Packed<C>& v, int64_t k, int tail, const T* ahead, int64_t stride_ahead) {
   constexpr int kLane = kLanes<C>;
+  if (ahead != nullptr) {
+    HRA_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      HRA_UNROLL
+      for (int j = 0; j < VECS; ++j) __builtin_prefetch(ahead + m * stride_ahead + (k + j) * kLane, 0, 2);
+    }
+  }
   Vec<C> acc[ROWS][VECS];
   HRA_UNROLL
   for (int m = 0; m < ROWS; ++m) {
