@@ -105,52 +105,57 @@ def hra_weight(
     return reflect_chain(rows, us, flags, factor, transpose=inverse).reshape(w.shape)
 
 
-def conv2d_correction(
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+Geometry = int | Sequence[int]
+
+
+def conv_correction(
     x: Tensor,
     w: Tensor,
     factor: Factor,
-    stride: int | tuple[int, int] = 1,
-    padding: str | int | tuple[int, int] = 0,
-    dilation: int | tuple[int, int] = 1,
+    stride: Geometry = 1,
+    padding: str | Geometry = 0,
+    dilation: Geometry = 1,
     padding_mode: str = "zeros",
 ) -> Tensor:
     """conv(x, W Q) - conv(x, W) for Q = I - vᵀ t v: R filters v, then a 1 x 1 convolution back to the N channels.
 
     W Q - W = -(W vᵀ) t v has rank R, so this costs R / N of the layer's own convolution.
+
+    Args:
+        w: (N, C, k), (N, C, kh, kw) or (N, C, kd, kh, kw).
     """
     v, t = factor
     filters = v.reshape(-1, *w.shape[1:])
     back = -(w.flatten(1).to(v.dtype) @ v.mT @ t)
     x = _autocast(x)
     filters, back = filters.to(x.dtype), back.to(x.dtype)
-    p = _conv2d(x, filters, None, stride, padding, dilation, padding_mode)
-    return F.conv2d(p, back.reshape(*back.shape, 1, 1))
+    p = _conv(x, filters, None, stride, padding, dilation, padding_mode)
+    return _CONV[w.dim() - 2](p, back.reshape(*back.shape, *[1] * (w.dim() - 2)))
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+def _each(value: Geometry, dimensions: int) -> tuple[int, ...]:
+    return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
-def _conv2d(x, w, bias, stride, padding, dilation, padding_mode):
+def _conv(x, w, bias, stride, padding, dilation, padding_mode, groups=1):
     if padding_mode != "zeros":
         x = F.pad(x, _explicit_padding(w, padding, dilation), mode=padding_mode)
         padding = 0
-    return F.conv2d(x, w, bias, stride, padding, dilation)
+    return _CONV[w.dim() - 2](x, w, bias, stride, padding, dilation, groups)
 
 
-def _explicit_padding(w: Tensor, padding: str | int | tuple[int, int], dilation: int | tuple[int, int]) -> list[int]:
-    """[left, right, top, bottom], as `nn.Conv2d` pads for the modes that `F.conv2d` does not know."""
+def _explicit_padding(w: Tensor, padding: str | Geometry, dilation: Geometry) -> list[int]:
+    """[left, right, top, bottom, ...], as `nn.Conv2d` pads for the modes that `F.conv2d` does not know."""
+    dimensions = w.dim() - 2
     if padding == "valid":
-        return [0, 0, 0, 0]
+        return [0] * (2 * dimensions)
+    amounts = (None,) * dimensions if padding == "same" else _each(padding, dimensions)
     sides = []
-    for size, step, amount in zip(w.shape[:1:-1], _pair(dilation)[::-1], _pair_or_same(padding)[::-1], strict=True):
+    for size, step, amount in zip(w.shape[:1:-1], _each(dilation, dimensions)[::-1], amounts[::-1], strict=True):
         total = step * (size - 1)
         sides += [total // 2, total - total // 2] if amount is None else [amount, amount]
     return sides
-
-
-def _pair_or_same(padding: str | int | tuple[int, int]) -> tuple[int | None, int | None]:
-    return (None, None) if padding == "same" else _pair(padding)
 
 
 def hra_conv2d(
@@ -195,5 +200,5 @@ def hra_conv2d(
     us, flags = _chains("hra_conv2d", u, apply_gs, w[0].numel())
     us = in_factor_dtype(us, w.dtype)
     geometry = (stride, padding, dilation, padding_mode)
-    correction = conv2d_correction(x, w, attach_factor(us, flags, factor), *geometry)
-    return _conv2d(x, w, bias, *geometry) + correction
+    correction = conv_correction(x, w, attach_factor(us, flags, factor), *geometry)
+    return _conv(x, w, bias, *geometry) + correction

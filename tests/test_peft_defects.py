@@ -436,28 +436,6 @@ def test_torch_export():
     assert relative(program.module()(more), model(more)) < 1e-6
 
 
-UNSUPPORTED = {
-    "Embedding": lambda: nn.Embedding(10, 16),
-    "Conv1d": lambda: nn.Conv1d(4, 8, 3),
-    "Conv3d": lambda: nn.Conv3d(2, 4, 3),
-    "ConvTranspose2d": lambda: nn.ConvTranspose2d(3, 4, 3),
-    "transformers.Conv1D": lambda: __import__("transformers").pytorch_utils.Conv1D(8, 16),
-}
-
-
-@pytest.mark.parametrize("kind", UNSUPPORTED)
-def test_unsupported_layer_is_a_clear_error(kind):
-    """Support for the first three and Conv1D is issue 6; until then PEFT's own error names the layer."""
-    with pytest.raises((TypeError, ValueError), match=r"not supported|Unsupported"):
-        layer_of(UNSUPPORTED[kind]())
-
-
-@pytest.mark.parametrize("kind", ["Embedding", "Conv1d", "Conv3d", "transformers.Conv1D"])
-@pytest.mark.xfail(strict=True, reason="issue 6: more kinds of layers", raises=(TypeError, ValueError))
-def test_more_kinds_of_layers(kind):
-    layer_of(UNSUPPORTED[kind]())
-
-
 @pytest.mark.parametrize("setting", ["target_parameters", "rank_pattern"])
 def test_settings_hra_does_not_have(setting):
     with pytest.raises(TypeError, match=setting):

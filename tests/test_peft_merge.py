@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hra_kernels.peft import merge
+from hra_kernels.peft import base_weight
 from tests.peft_models import Net, adapt, config, layer_of, merged_weight, relative, seeded
 
 DTYPES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -32,7 +32,7 @@ def test_merge_rounds_once(dtype, apply_gs):
 def test_merge_in_blocks(monkeypatch):
     whole, pieces = layer_of(linear()), layer_of(linear())
     whole.merge()
-    monkeypatch.setattr(merge, "_BLOCK", 130)  # two rows at a time, and a last block of one
+    monkeypatch.setattr(base_weight, "_BLOCK", 130)  # two rows at a time, and a last block of one
     pieces.merge()
     assert relative(pieces.weight, whole.weight) < 1e-6
     pieces.unmerge()
@@ -193,11 +193,11 @@ def test_weight_not_loaded():
 
 def test_fingerprint_sees_every_bit():
     weight = seeded(lambda: torch.randn(5, 7))
-    print_before = merge.fingerprint(weight)
-    assert merge.fingerprint(weight.clone()) == print_before
+    print_before = base_weight.fingerprint(weight)
+    assert base_weight.fingerprint(weight.clone()) == print_before
     for index in range(weight.numel()):
         changed = weight.clone()
         changed.view(-1).view(torch.int32)[index] ^= 1
-        assert merge.fingerprint(changed) != print_before
+        assert base_weight.fingerprint(changed) != print_before
     swapped = weight[[1, 0, 2, 3, 4]]
-    assert merge.fingerprint(swapped) != print_before
+    assert base_weight.fingerprint(swapped) != print_before

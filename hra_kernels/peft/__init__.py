@@ -6,7 +6,7 @@
 
 PEFT keeps doing what PEFT does: configs, matching of target modules, adapters by name, files. Adapter files are
 interchangeable both ways, bit for bit. `export_lora` and PEFT's `convert_to_lora` write an adapter as a LoRA, exactly.
-What PEFT does not offer for HRA either (embeddings, mixed batches) is refused with an error that says so.
+What is not supported (transposed convolutions, groups) is refused with an error that says so.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,8 @@ _require_supported()
 import peft.mapping  # noqa: E402
 import peft.tuners.hra.model  # noqa: E402
 
-from hra_kernels.peft.conv import HRAConv2d  # noqa: E402
+from hra_kernels.peft.conv import HRAConv1d, HRAConv2d, HRAConv3d  # noqa: E402
+from hra_kernels.peft.embedding import HRAEmbedding  # noqa: E402
 from hra_kernels.peft.export import exact_conversion, export_lora  # noqa: E402
 from hra_kernels.peft.layer import HRALinear  # noqa: E402
 from hra_kernels.peft.model import HRAModel  # noqa: E402
@@ -46,7 +47,10 @@ except ImportError:  # releases before it
 
 __all__ = [
     "SUPPORTED",
+    "HRAConv1d",
     "HRAConv2d",
+    "HRAConv3d",
+    "HRAEmbedding",
     "HRALinear",
     "HRAModel",
     "disable",

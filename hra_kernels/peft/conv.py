@@ -1,4 +1,4 @@
-"""PEFT's HRA layer over a convolution.
+"""PEFT's HRA layer over convolutions of one, two and three spatial dimensions.
 
     y = conv(x, W Q) = base_layer(x) - conv1x1(conv(x, v), W vᵀ t)
 
@@ -6,34 +6,34 @@ with the rows of v (R, in_channels kh kw) as R extra filters: R / out_channels o
 with a forward of its own (one that pads first, say), or with hooks, runs that forward with W Q in place of its weight.
 """
 
+import math
 from typing import Any
 
-import torch
 from peft.tuners.hra.layer import HRAConv2d as PeftHRAConv2d
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hra_kernels.factor_cache import FactorCache
-from hra_kernels.functional import conv2d_correction, hra_weight
+from hra_kernels.functional import conv_correction, hra_weight
 from hra_kernels.mixed_batch import conv_correction_mixed
 from hra_kernels.ops import attach_factor, in_factor_dtype
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.offload import is_offloaded, loaded
+from hra_kernels.peft.own_setup import OwnSetup
 
 
-class HRAConv2d(ReflectionLayer, PeftHRAConv2d):
-    """PEFT's HRA layer over an `nn.Conv2d` or a subclass of it: any kernel, stride, padding, padding mode, dilation.
+class ConvLayer(ReflectionLayer, OwnSetup):
+    """What `HRAConv1d`, `HRAConv2d` and `HRAConv3d` share."""
 
-    Arguments, attributes and parameters are those of `peft.tuners.hra.layer.HRAConv2d`; `hra_u` is
-    (in_channels kh kw, r). Grouped convolutions raise NotImplementedError, as PEFT's do.
-    """
-
-    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().__init__(base_layer, *args, **kwargs)
-        self._factors = FactorCache()
+    def _vector_shape(self) -> tuple[int, ...]:
+        base = self.get_base_layer()
+        return (base.in_channels * math.prod(base.kernel_size),)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, whose releases before 0.21 forget to reject groups > 1."""
+        """As PEFT's, for any kernel shape.
+
+        Raises:
+            NotImplementedError: the convolution has groups.
+        """
         base = self.get_base_layer()
         if base.groups > 1:
             raise NotImplementedError(
@@ -41,26 +41,10 @@ class HRAConv2d(ReflectionLayer, PeftHRAConv2d):
             )
         super().update_layer(adapter_name, *args, **kwargs)
 
-    def _right_shape(self, adapter_name: str) -> None:
-        """PEFT sizes `hra_u` for a square kernel before it asks for the initial values."""
-        rows = self.in_features * self.get_base_layer().kernel_size[0] * self.get_base_layer().kernel_size[1]
-        if self.hra_u[adapter_name].shape[0] != rows:
-            self.hra_u[adapter_name] = nn.Parameter(torch.empty(rows, self.hra_r[adapter_name]))
-
-    def reset_hra_parameters(self, adapter_name: str) -> None:
-        """As `ReflectionLayer.reset_hra_parameters`, for any kernel shape."""
-        self._right_shape(adapter_name)
-        super().reset_hra_parameters(adapter_name)
-
-    def reset_hra_parameters_random(self, adapter_name: str) -> None:
-        """Independent columns, for any kernel shape."""
-        self._right_shape(adapter_name)
-        super().reset_hra_parameters_random(adapter_name)
-
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         factor = self._factors.get(us, apply_gs, x.dtype)
-        if _runs_own_code(base):
+        if runs_own_code(base):
             if is_offloaded(base):  # its hook would load the plain weight over ours
                 raise NotImplementedError(
                     f"HRA: {self.describe()} has a forward of its own and is offloaded, which together is not "
@@ -71,12 +55,12 @@ class HRAConv2d(ReflectionLayer, PeftHRAConv2d):
             return functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
         us = in_factor_dtype(us, x.dtype)
         with loaded(base):
-            correction = conv2d_correction(x, base.weight, attach_factor(us, apply_gs, factor), *_geometry(base))
+            correction = conv_correction(x, base.weight, attach_factor(us, apply_gs, factor), *_geometry(base))
         return self.base_layer(x, *args, **kwargs) + correction
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        if _runs_own_code(base):  # W Q in place of its weight would be one weight for all samples
+        if runs_own_code(base):  # W Q in place of its weight would be one weight for all samples
             return super()._mixed_forward(x, adapter_names, *args, **kwargs)
         if x.dim() != base.weight.dim():
             raise ValueError(f"adapter_names: the input of {self.describe()} must be (B, C, ...), got {tuple(x.shape)}")
@@ -92,10 +76,35 @@ def _geometry(base: nn.Module) -> tuple:
     return base.stride, base.padding, base.dilation, base.padding_mode
 
 
-def _runs_own_code(base: nn.Conv2d) -> bool:
+class HRAConv1d(ConvLayer, nn.Module):
+    """As `HRAConv2d`, over an `nn.Conv1d`; `hra_u` is (in_channels k, r)."""
+
+
+class HRAConv2d(ConvLayer, PeftHRAConv2d):
+    """PEFT's HRA layer over an `nn.Conv2d` or a subclass of it: any kernel, stride, padding, padding mode, dilation.
+
+    Arguments, attributes and parameters are those of `peft.tuners.hra.layer.HRAConv2d`; `hra_u` is
+    (in_channels kh kw, r). Grouped convolutions raise NotImplementedError, as PEFT's do.
+    """
+
+
+class HRAConv3d(ConvLayer, nn.Module):
+    """As `HRAConv2d`, over an `nn.Conv3d`; `hra_u` is (in_channels kd kh kw, r)."""
+
+
+_PLAIN = {nn.Conv1d: HRAConv1d, nn.Conv2d: HRAConv2d, nn.Conv3d: HRAConv3d}
+
+
+def conv_layer_class(base: nn.Module) -> type[ConvLayer] | None:
+    """The layer for a convolution or a subclass of one; None for everything else."""
+    return next((layer for kind, layer in _PLAIN.items() if isinstance(base, kind)), None)
+
+
+def runs_own_code(base: nn.Module) -> bool:
     """Whether calling the base layer does more than `nn.Conv2d` does. accelerate's hook does not: it moves tensors."""
     kind = type(base)
-    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+    plain = next(plain for plain in _PLAIN if isinstance(base, plain))
+    if kind.forward is not plain.forward or kind._conv_forward is not plain._conv_forward:
         return True
     replaced = "forward" in vars(base) and not hasattr(base, "_hf_hook")
     return replaced or bool(base._forward_hooks or base._forward_pre_hooks)

@@ -2,11 +2,12 @@
 
     W Q - W = -(W vᵀ) t v  has rank R, so   A = v (R, D),  B = -(W vᵀ) t (N, R)   is W Q as a LoRA of rank R, scale 1
 
-For a convolution A is a (R, C, kh, kw) kernel and B a 1 x 1 convolution. Several adapters are one chain and one LoRA of
+For a convolution A is a (R, C, kh, kw) kernel and B a 1 x 1 convolution; for an embedding PEFT calls (W vᵀ) t, an
+embedding of its own, A, and v B. Several adapters are one chain and one LoRA of
 their summed rank. B depends on the base weight: the LoRA belongs to the very base model it was exported from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hra_kernels.ops import chain_factor
+from hra_kernels.peft.base_weight import readable_weight
+from hra_kernels.peft.conv import ConvLayer, runs_own_code
+from hra_kernels.peft.embedding import HRAEmbedding
+from hra_kernels.peft.kinds import HRALinearLike
 from hra_kernels.peft.layer import HRALinear, ReflectionLayer
 
 _PREFIX = "base_model.model."
+_KEYS = "lora_A.weight", "lora_B.weight"
+_EMBEDDING_KEYS = "lora_embedding_A", "lora_embedding_B"
 _LORA_BIAS = {"none": "none", "all": "all", "hra_only": "lora_only"}
 
 
@@ -28,16 +36,18 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
     """(A, B) of the LoRA that equals these adapters on this layer, in this order: W Q_1 Q_2 ... = W + B A.
 
     Args:
-        layer: unmerged; its base layer may be quantised (a linear one, then its own forward gives W vᵀ).
+        layer: unmerged; its base layer may be quantised (a linear one; where PEFT cannot dequantise it, its own forward
+            gives W vᵀ).
         adapter_names: those the layer does not have are passed over; one at least must be there.
 
     Returns:
-        float32 (float64 over a float64 weight): A (R, D) and B (N, R) for a linear layer, A (R, C, kh, kw) and
-        B (N, R, 1, 1) for a convolution.
+        float32 (float64 over a float64 weight), as PEFT's LoRA has them: A (R, D) and B (N, R) for a linear layer,
+        A (R, C, kh, kw) and B (N, R, 1, 1) for a convolution, A (R, N) and B (D, R) for an embedding of N rows.
 
     Raises:
         ValueError: the layer is merged, has none of the adapters, or an `hra_u` is not finite.
-        NotImplementedError: a convolution whose weight is not plain floating point.
+        NotImplementedError: a convolution or an embedding whose weight is not plain floating point, or that PEFT's LoRA
+            layers would run differently: dilation, padding modes, forwards of their own.
     """
     names = [name for name in adapter_names if name in layer.hra_u]
     if not names:
@@ -49,29 +59,49 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
     for name in names:
         if not layer.hra_u[name].isfinite().all():
             raise ValueError(f"{layer.describe()}: hra_u of adapter {name!r} must be finite, it holds NaN or infinity")
-    base = layer.get_base_layer()
-    weight = getattr(base, "weight", None)
-    plain = isinstance(weight, Tensor) and type(weight.detach()) is Tensor and weight.is_floating_point()
-    dtype = weight.dtype if plain else torch.float32
+    _require_same_forward(layer)
+    weight = readable_weight(layer)
+    dtype = torch.float32 if weight is None else weight.dtype
     v, t = chain_factor([layer.hra_u[name] for name in names], [layer.hra_apply_GS[name] for name in names], dtype)
-    if plain:
-        back = -(weight.flatten(1).to(v.device, v.dtype) @ v.mT) @ t
-    elif isinstance(layer, HRALinear):
-        zero = base(torch.zeros_like(v[:1]))  # the bias, where there is one
-        back = -(base(v) - zero).to(v.dtype).mT @ t
+    base, is_linear = layer.get_base_layer(), isinstance(layer, HRALinear | HRALinearLike)
+    if weight is not None:
+        product = weight.read().flatten(1).to(v.device, v.dtype) @ v.mT
+    elif is_linear:
+        product = (base(v) - base(torch.zeros_like(v[:1]))).to(v.dtype).mT  # without the bias, where there is one
     else:
-        raise NotImplementedError(f"{layer.describe()}: only a plain floating-point convolution can be exported")
-    if isinstance(layer, HRALinear):
-        return v, back.contiguous()
-    return v.reshape(-1, *weight.shape[1:]), back[:, :, None, None].contiguous()
+        raise NotImplementedError(f"{layer.describe()}: its weight must be plain floating point to be exported")
+    back = (-product @ t).contiguous()
+    if is_linear:
+        return v, back
+    if isinstance(layer, HRAEmbedding):
+        return back.mT.contiguous(), v.mT.contiguous()
+    return v.reshape(-1, *base.weight.shape[1:]), back.reshape(*back.shape, *[1] * (base.weight.dim() - 2))
+
+
+def _require_same_forward(layer: ReflectionLayer) -> None:
+    """Raise where PEFT's LoRA layer, given the right A and B, would not compute what ours does."""
+    base, lacks = layer.get_base_layer(), None
+    if isinstance(layer, ConvLayer):
+        if runs_own_code(base):
+            lacks = "knows nothing of the base layer's own forward or hooks"
+        elif base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):
+            lacks = f"has neither dilation (here {base.dilation}) nor padding modes (here {base.padding_mode!r})"
+    elif isinstance(layer, HRAEmbedding):
+        known = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
+        lacks = None if known else "knows nothing of the base layer's own forward, but for an attribute `embed_scale`"
+    if lacks:
+        raise NotImplementedError(
+            f"{layer.describe()} cannot be exported: PEFT's LoRA layer {lacks}. Merge the adapter instead "
+            "(merge_and_unload), or exclude the layer."
+        )
 
 
 def truncated_factors(a: Tensor, b: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
     """The best approximation of B A of a lower rank, in O((D + N) R²): an SVD between two QR decompositions.
 
     Args:
-        a: (R, D).
-        b: (N, R).
+        a: (R, D), or a convolution's (R, C, kh, kw).
+        b: (N, R), or (N, R, 1, 1).
         rank: the new rank; or, as a float, the share of the squared singular values to keep.
 
     Returns:
@@ -79,14 +109,17 @@ def truncated_factors(a: Tensor, b: Tensor, rank: int | float) -> tuple[Tensor, 
     """
     if isinstance(rank, int) and rank >= a.shape[0]:
         return a, b
-    left, left_r = torch.linalg.qr(b.double())
-    right, right_r = torch.linalg.qr(a.double().mT)
+    left, left_r = torch.linalg.qr(b.flatten(1).double())
+    right, right_r = torch.linalg.qr(a.flatten(1).double().mT)
     first, sizes, second = torch.linalg.svd(left_r @ right_r.mT, full_matrices=False)
     if not isinstance(rank, int):
         energy = sizes.square().cumsum(0)
         rank = min(int(torch.searchsorted(energy, rank * energy[-1])) + 1, len(sizes))
-    b = (left @ first[:, :rank]) * sizes[:rank]
-    return (second[:rank] @ right.mT).to(a.dtype).contiguous(), b.to(a.dtype).contiguous()
+    new_a, new_b = second[:rank] @ right.mT, (left @ first[:, :rank]) * sizes[:rank]
+    return (
+        new_a.to(a.dtype).reshape(-1, *a.shape[1:]).contiguous(),
+        new_b.to(b.dtype).reshape(b.shape[0], -1, *b.shape[2:]).contiguous(),
+    )
 
 
 def exact_conversion(stock: Callable[..., tuple[Tensor, Tensor, int]]) -> Callable[..., tuple[Tensor, Tensor, int]]:
@@ -142,7 +175,8 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
     ranks = {}
     for name, layer in layers.items():
         a, b = lora_factors(layer, names)
-        state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"] = a, b
+        key_a, key_b = _EMBEDDING_KEYS if isinstance(layer, HRAEmbedding) else _KEYS
+        state[f"{_PREFIX}{name}.{key_a}"], state[f"{_PREFIX}{name}.{key_b}"] = a, b
         ranks[name] = a.shape[0]
     rank = max(ranks.values())
     odd = {name: one for name, one in ranks.items() if one != rank}
@@ -152,6 +186,7 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
         rank_pattern=odd,
         alpha_pattern=dict(odd),
         target_modules=list(layers),
+        fan_in_fan_out=_only_transposed(layers.values()),
         bias=_LORA_BIAS[configs[0].bias],
         modules_to_save=configs[0].modules_to_save,
         task_type=configs[0].task_type,
@@ -159,6 +194,12 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
         inference_mode=True,
     )
     return config, {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
+
+def _only_transposed(layers: Iterable[ReflectionLayer]) -> bool:
+    """What PEFT's LoRA would set itself, with a warning, where it meets transformers' Conv1D."""
+    linear = [layer.get_base_layer() for layer in layers if isinstance(layer, HRALinear | HRALinearLike)]
+    return bool(linear) and all(isinstance(base, Conv1D) for base in linear)
 
 
 def export_lora(

@@ -3,28 +3,24 @@
     merge     W <- W Q_1 Q_2 ...      in float32 (float64 for a float64 weight) by blocks of rows, rounded once
     unmerge   W <- the tensor that was there before; W Qᵀ where the weight has been changed since
 
-Extra memory: the original weight (in its own dtype) while merged, and one block of rows. Nothing is (D, D).
+A quantised weight is dequantised, merged and quantised again. Extra memory: the original weight as stored, while
+merged, and one block of rows; for a quantised weight also two floating-point copies for a moment. Nothing is (D, D).
 """
 
 import warnings
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from hra_kernels.ops import chain_factor, reflect
+from hra_kernels.peft.base_weight import PlainWeight, QuantisedWeight, readable_weight, row_blocks, why_not_mergeable
 from hra_kernels.reference import factor_dtype, join_factors
 
 if TYPE_CHECKING:
     from hra_kernels.peft.layer import ReflectionLayer
-
-_BLOCK = 2**22
-"""Elements in a block of rows: 16 MiB of float32."""
-
-_MERGEABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Factor = tuple[Tensor, Tensor]
 
@@ -33,22 +29,9 @@ Factor = tuple[Tensor, Tensor]
 class Merged:
     """What `unmerge` needs: the factors in the order of merging, the weight before, and what the merged weight was."""
 
-    original: Tensor | None
+    original: Any | None
     fingerprint: tuple
     factors: list[Factor] = field(default_factory=list)
-
-
-def why_not_mergeable(layer: "ReflectionLayer") -> str | None:
-    """Why the layer's base weight cannot be merged into, or None where it can."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
-    if not isinstance(weight, Tensor):
-        return f"its base layer is a {type(layer.get_base_layer()).__name__} without a weight tensor (quantised?)"
-    if weight.device.type == "meta":
-        return "its base weight is not loaded (meta device)"
-    # a quantised or sharded weight is another kind of tensor, or one of integers
-    if type(weight.detach()) is not Tensor or weight.dtype not in _MERGEABLE:
-        return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantised or sharded?)"
-    return None
 
 
 def require_mergeable(layer: "ReflectionLayer", names: list[str]) -> None:
@@ -56,13 +39,14 @@ def require_mergeable(layer: "ReflectionLayer", names: list[str]) -> None:
 
     Raises:
         ValueError: an `hra_u` is not finite.
-        NotImplementedError: the base weight is quantised, sharded or not loaded.
+        NotImplementedError: the base weight is sharded, not loaded, or quantised in a format that cannot be written.
     """
     reason = why_not_mergeable(layer)
     if reason:
         raise NotImplementedError(
             f"HRA cannot merge into {layer.describe()}: {reason}. Supported are plain float32, float64, bfloat16 and "
-            "float16 weights; run the adapter unmerged, or merge it into an unquantised copy of the model."
+            "float16 weights and, with PEFT 0.20 or newer, bitsandbytes, HQQ and torchao layers; run the adapter "
+            "unmerged, or merge it into an unquantised copy of the model."
         )
     for name in names:
         if not layer.hra_u[name].isfinite().all():
@@ -83,23 +67,27 @@ def merge(layer: "ReflectionLayer", adapter_names: list[str] | None) -> None:
     if not names:
         return
     require_mergeable(layer, names)
-    weight = layer.get_base_layer().weight
+    weight = readable_weight(layer)
     us = [layer.hra_u[name].to(weight.device) for name in names]
-    flags = [layer.hra_apply_GS[name] for name in names]
-    factor = chain_factor(us, flags, weight.dtype)
-    before = layer._merged
-    if before is not None and before.original is not None and before.fingerprint == fingerprint(weight):
-        # one rounding for all: start again from the original
-        original, factors = before.original.to(weight.device), [*before.factors, factor]
-        merged = reflect_rows(original, join_factors(factors), inverse=False)
-    else:
-        original, factors = (weight.data if before is None else None), [*(before.factors if before else []), factor]
-        merged = reflect_rows(weight.data, factor, inverse=False)
-    if not merged.isfinite().all():
-        why = "the base weight is not finite, or the result is out of its dtype's range"
-        raise ValueError(_broken(layer, ", ".join(names), why))
-    weight.data = merged
-    layer._merged = Merged(original, fingerprint(merged), factors)
+    factor = chain_factor(us, [layer.hra_apply_GS[name] for name in names], weight.dtype)
+    before, current = layer._merged, weight.keep()
+    original, factors = current, [factor]
+    if before is not None:
+        original = before.original if before.fingerprint == weight.fingerprint() else None
+        factors = [*_moved(before.factors, weight), factor]
+    try:
+        if before is not None and original is not None:  # one rounding for all: start again from the original
+            weight.restore(original)
+            factor = join_factors(factors)
+        merged = reflect_rows(weight.read(), factor, inverse=False)
+        if not merged.isfinite().all():
+            why = "the base weight is not finite, or the result is out of its dtype's range"
+            raise ValueError(_broken(layer, ", ".join(names), why))
+        weight.write(merged)
+    except BaseException:
+        weight.restore(current)
+        raise
+    layer._merged = Merged(original, weight.fingerprint(), factors)
     layer.merged_adapters.extend(names)
 
 
@@ -111,20 +99,19 @@ def unmerge(layer: "ReflectionLayer") -> None:
         return
     state = layer._merged
     if state is not None:
-        weight = layer.get_base_layer().weight
-        if state.original is not None and state.fingerprint == fingerprint(weight):
-            weight.data = state.original.to(weight.device)
+        weight = readable_weight(layer)
+        if state.original is not None and state.fingerprint == weight.fingerprint():
+            weight.restore(state.original)
         else:
-            wide = factor_dtype(weight.dtype)
-            factors = [(v.to(weight.device, wide), t.to(weight.device, wide)) for v, t in state.factors]
-            weight.data = reflect_rows(weight.data, join_factors(factors), inverse=True)
+            factor = join_factors(_moved(state.factors, weight))
+            weight.write(reflect_rows(weight.read(), factor, inverse=True))
     layer._merged = None
     layer.merged_adapters.clear()
 
 
-def _row_blocks(weight: Tensor) -> list[slice]:
-    rows = max(1, _BLOCK // max(1, weight[0].numel())) if weight.numel() else 1
-    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+def _moved(factors: list[Factor], weight: PlainWeight | QuantisedWeight) -> list[Factor]:
+    wide = factor_dtype(weight.dtype)
+    return [(v.to(weight.device, wide), t.to(weight.device, wide)) for v, t in factors]
 
 
 def reflect_rows(weight: Tensor, factor: Factor, inverse: bool) -> Tensor:
@@ -132,22 +119,10 @@ def reflect_rows(weight: Tensor, factor: Factor, inverse: bool) -> Tensor:
     v, t = factor
     merged = torch.empty_like(weight)
     with torch.autocast(weight.device.type, enabled=False):
-        for rows in _row_blocks(weight):
+        for rows in row_blocks(weight):
             block = weight[rows]
             merged[rows] = reflect(block.flatten(1).to(v.dtype), v, t, transpose=inverse).view(block.shape)
     return merged
-
-
-def fingerprint(weight: Tensor) -> tuple:
-    """Equal for equal bits; writes through `.data` leave no other trace."""
-    bits = _INTEGERS[weight.element_size()]
-    total, start = torch.zeros((), dtype=torch.int64, device=weight.device), 0
-    for rows in _row_blocks(weight):
-        values = weight.detach()[rows].flatten().view(bits).to(torch.int64)
-        odd = torch.arange(2 * start + 1, 2 * (start + values.numel()) + 1, 2, device=weight.device)
-        total += (values * odd).sum()
-        start += values.numel()
-    return tuple(weight.shape), weight.dtype, int(total)
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:

@@ -1,0 +1,223 @@
+"""A base layer's weight as merging and exporting see it: floating-point rows (N, ...), whatever the layer stores.
+
+PlainWeight       nn.Linear, convolutions, nn.Embedding; transformers' Conv1D, whose weight is transposed
+QuantisedWeight   what PEFT's quantisation backends can dequantise and requantise: bitsandbytes, HQQ, torchao
+"""
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+try:
+    from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+    from peft.utils.quantization_utils import QuantizationBackend
+except ImportError:  # PEFT 0.19
+    QuantizationBackend = resolve_quantization_backend = None
+
+if TYPE_CHECKING:
+    from hra_kernels.peft.layer import ReflectionLayer
+
+MERGEABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BLOCK = 2**22
+"""Elements in a block of rows: 16 MiB of float32."""
+
+
+def _no_torchao_configuration() -> None:
+    raise NotImplementedError("the torchao configuration of the model is not known")
+
+
+def quantisation_of(base: nn.Module, requantise: Callable[[], Any] | None = None) -> "QuantizationBackend | None":
+    """PEFT's quantisation backend for a base layer; None where the layer is not quantised, or PEFT has none for it.
+
+    Args:
+        requantise: torchao only, and only to merge: the model's `TorchAoConfig.get_apply_tensor_subclass`.
+    """
+    if resolve_quantization_backend is None:
+        return None
+    return resolve_quantization_backend(base, get_apply_tensor_subclass=requantise or _no_torchao_configuration)
+
+
+def torchao_configuration(model: nn.Module) -> Callable[[], Any] | None:
+    """How a model that transformers loaded with a `TorchAoConfig` was quantised; None for any other."""
+    if resolve_quantization_backend is None:
+        return None
+    return get_quantization_kwargs(model).get("get_apply_tensor_subclass")
+
+
+def _torchao_configuration_of(layer: "ReflectionLayer") -> Callable[[], Any] | None:
+    return getattr(layer, "torchao_configuration", None)
+
+
+def why_not_mergeable(layer: "ReflectionLayer") -> str | None:
+    """Why the layer's base weight cannot be merged into, or None where it can."""
+    base = layer.get_base_layer()
+    backend = quantisation_of(base, _torchao_configuration_of(layer))
+    weight = getattr(base, "weight", None)
+    if getattr(weight, "is_meta", False):
+        return "its base weight is not loaded (meta device)"
+    if backend is not None:
+        if not backend.supports_merge:
+            return f"its base layer is quantised with {backend.backend_name}, whose weights PEFT cannot write"
+        if backend.backend_name == "torchao" and _torchao_configuration_of(layer) is None:
+            return (
+                "its torchao weight can be quantised again only with the model's own configuration: load the model "
+                "through transformers with quantization_config=TorchAoConfig(...)"
+            )
+        return None
+    if not isinstance(weight, Tensor):
+        return f"its base layer is a {type(base).__name__} without a weight tensor (quantised?)"
+    if not _is_plain(weight):
+        return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantised or sharded?)"
+    return None
+
+
+def _is_plain(weight: Any) -> bool:
+    # a quantised or sharded weight is another kind of tensor, or one of integers
+    return isinstance(weight, Tensor) and type(weight.detach()) is Tensor and weight.dtype in MERGEABLE
+
+
+def readable_weight(layer: "ReflectionLayer") -> "PlainWeight | QuantisedWeight | None":
+    """The layer's base weight, or None where it cannot be had as floating-point rows."""
+    base = layer.get_base_layer()
+    backend = quantisation_of(base, _torchao_configuration_of(layer))
+    if backend is not None:
+        return QuantisedWeight(layer, backend) if backend.supports_merge else None
+    return PlainWeight(base) if _is_plain(getattr(base, "weight", None)) else None
+
+
+class PlainWeight:
+    """A floating-point `weight`: (N, ...), or (D, N) in transformers' Conv1D."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._weight = base.weight
+        self._transposed = isinstance(base, Conv1D)
+        self.dtype, self.device = base.weight.dtype, base.weight.device
+
+    def read(self) -> Tensor:
+        """(N, ...), no copy."""
+        return self._weight.data.mT if self._transposed else self._weight.data
+
+    def write(self, rows: Tensor) -> None:
+        """rows: (N, ...) of the weight's dtype, which it becomes without a copy."""
+        self._weight.data = rows.mT if self._transposed else rows
+
+    def keep(self) -> Tensor:
+        """What `restore` takes to bring the present bits back; no copy."""
+        return self._weight.data
+
+    def restore(self, kept: Tensor) -> None:
+        """Put back what `keep` gave, on the device where the weight is now."""
+        self._weight.data = kept.to(self._weight.device)
+
+    def fingerprint(self) -> tuple:
+        """Equal for equal bits; writes through `.data` leave no other trace."""
+        return fingerprint(self._weight)
+
+
+class QuantisedWeight:
+    """The weight of a quantised linear layer. Whoever changes it by other means while merged is not noticed."""
+
+    def __init__(self, layer: "ReflectionLayer", backend: "QuantizationBackend") -> None:
+        self._layer, self._backend = layer, backend
+        base = layer.get_base_layer()
+        self.dtype, self.device = torch.float32, (base.W_q if hasattr(base, "W_q") else base.weight).device
+
+    def read(self) -> Tensor:
+        """(N, D), dequantised, in the dtype that the format dequantises to.
+
+        Raises:
+            NotImplementedError: the weight has a format that its package cannot dequantise, or is not quantised yet.
+        """
+        base = self._layer.get_base_layer()
+        if _is_packed_for_cpu(base):
+            base = copy.deepcopy(base)
+            unpack_for_cpu(base)
+        try:
+            return self._backend.get_base_weight(base).detach()
+        except Exception as error:
+            raise NotImplementedError(
+                f"HRA: PEFT's {self._backend.backend_name} backend could not dequantise the weight of "
+                f"{self._layer.describe()} (not quantised yet?): {error}"
+            ) from error
+
+    def write(self, rows: Tensor) -> None:
+        """Quantise rows (N, D) as the layer's weight was.
+
+        Raises:
+            ValueError: what the quantised weight stands for is not finite.
+        """
+        base = self._layer.get_base_layer()
+        self._backend.set_base_weight(self._layer, rows)
+        written = self._layer.get_base_layer()
+        if written is not base:  # HQQ: another layer, which PEFT makes without the bias
+            written.bias = base.bias
+            written.train(base.training)
+        if not self.read().isfinite().all():
+            raise ValueError(f"the weight of {self._layer.describe()} must be finite after quantisation, it is not")
+
+    def keep(self) -> dict[str, Any]:
+        """What `restore` takes to bring the present bits back; no copy."""
+        base = self._layer.get_base_layer()
+        kept = {"base": base, "weight": getattr(base, "weight", None)}
+        # PEFT's bitsandbytes backends write into the attributes of the weight they replace, and into the layer's state
+        kept["weight attributes"] = dict(vars(kept["weight"])) if kept["weight"] is not None else {}
+        kept["state"] = {name: copy.copy(vars(base)[name]) for name in ("state", "quant_state") if name in vars(base)}
+        return kept
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        """Put back what `keep` gave, on the device where the weight is now."""
+        if kept["weight"] is None:
+            self._layer.base_layer = kept["base"]
+            return
+        base = self._layer.get_base_layer()
+        weight, device = kept["weight"], self.device
+        vars(weight).update(kept["weight attributes"])
+        vars(base).update(kept["state"])
+        if weight.device != device:
+            moved = weight.to(device)
+            weight = moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=False)
+            state = getattr(base, "state", None)
+            for name in ("CB", "SCB"):
+                if getattr(state, name, None) is not None:
+                    setattr(state, name, getattr(state, name).to(device))
+        base.weight = weight
+
+    def fingerprint(self) -> tuple:
+        """Always the same: bitsandbytes repacks a weight whenever it likes, so its bits say nothing."""
+        return ("quantised",)
+
+
+def _is_packed_for_cpu(base: nn.Module) -> bool:
+    return getattr(getattr(getattr(base, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
+
+
+def unpack_for_cpu(base: nn.Module) -> None:
+    """Undo what bitsandbytes does to a 4-bit weight on a CPU in its first forward without gradient.
+
+    In that packing the layer has no gradient with respect to its input and PEFT dequantises it to noise.
+    """
+    if _is_packed_for_cpu(base):
+        base.state_dict()  # bitsandbytes saves, and leaves, the weight unpacked
+
+
+def row_blocks(weight: Tensor) -> list[slice]:
+    """Slices of rows of about `_BLOCK` elements."""
+    rows = max(1, _BLOCK // max(1, weight[0].numel())) if weight.numel() else 1
+    return [slice(start, start + rows) for start in range(0, weight.shape[0], rows)]
+
+
+def fingerprint(weight: Tensor) -> tuple:
+    """Equal for equal bits; writes through `.data` leave no other trace."""
+    bits = _INTEGERS[weight.element_size()]
+    total, start = torch.zeros((), dtype=torch.int64, device=weight.device), 0
+    for rows in row_blocks(weight):
+        values = weight.detach()[rows].flatten().view(bits).to(torch.int64)
+        odd = torch.arange(2 * start + 1, 2 * (start + values.numel()) + 1, 2, device=weight.device)
+        total += (values * odd).sum()
+        start += values.numel()
+    return tuple(weight.shape), weight.dtype, int(total)

@@ -1,0 +1,57 @@
+"""Which of this package's layers goes over which base layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hra_kernels.peft.base_weight import quantisation_of, unpack_for_cpu
+from hra_kernels.peft.conv import conv_layer_class
+from hra_kernels.peft.embedding import HRAEmbedding
+from hra_kernels.peft.layer import HRALinear, ReflectionLayer
+from hra_kernels.peft.own_setup import OwnSetup
+
+
+class HRALinearLike(ReflectionLayer, OwnSetup, nn.Module):
+    """`HRALinear` over what maps features as an `nn.Linear` does and is none: transformers' `Conv1D`."""
+
+    def _vector_shape(self) -> tuple[int, ...]:
+        return (self.in_features,)
+
+    _adapted_forward = HRALinear._adapted_forward
+    _mixed_forward = HRALinear._mixed_forward
+
+
+class HRAQuantisedLinear(HRALinearLike):
+    """`HRALinear` over a linear layer that PEFT knows as quantised; the layer dequantises in its own forward."""
+
+    torchao_configuration: Callable[[], Any] | None = None
+    """How the model was quantised, where torchao did it and transformers loaded it; needed to merge."""
+
+    def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
+        trains = torch.is_grad_enabled() and (x.requires_grad or any(u.requires_grad for u in us))
+        if trains:
+            unpack_for_cpu(self.get_base_layer())
+        y = super()._adapted_forward(x, us, apply_gs, *args, **kwargs)
+        if trains and not y.requires_grad:
+            raise NotImplementedError(
+                f"HRA cannot train {self.describe()}: the forward of its quantised base layer has no gradient with "
+                "respect to its input (torchao's 8-bit activations have none). Use weight-only quantisation, or run "
+                "it under torch.no_grad()."
+            )
+        return y
+
+
+def layer_class(base: nn.Module) -> type[ReflectionLayer] | None:
+    """The class for a base layer; None where HRA is not supported over it."""
+    if quantisation_of(base) is not None:
+        return HRAQuantisedLinear
+    if isinstance(base, nn.Linear):
+        return HRALinear
+    if isinstance(base, Conv1D):
+        return HRALinearLike
+    if isinstance(base, nn.Embedding):
+        return HRAEmbedding
+    return conv_layer_class(base)
