@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hra_kernels import reference
 from hra_kernels.functional import _autocast, _explicit_padding
-from hra_kernels.ops import _check_dtype, _differentiable_backward, _wants_graph, _wants_plain_ops
+from hra_kernels.ops import _check_dtype, _differentiable_backward, _wants_graph, wants_plain_ops
 from hra_kernels.reference import factor_dtype
 
 _BLOCK = 2**22
@@ -112,7 +112,7 @@ def reflect_mixed(
     """
     _check(x, v, t, chains, samples)
     rows = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
-    if _wants_plain_ops() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if wants_plain_ops() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         y = reference.reflect_mixed(rows, v, t, chains, samples, transpose)
     else:
         y = _ReflectMixed.apply(rows, v, t, chains, samples, transpose)

@@ -24,8 +24,6 @@ from hra_kernels import cpu_backend, cuda_backend, reference, triton_backend
 from hra_kernels.reference import factor_dtype
 
 BACKEND_VARIABLE = "HRA_BACKEND"
-MAX_RANK = 256
-"""Largest number of columns the compiled kernels take; more go to the reference."""
 
 BACKENDS = {
     "reference": reference,
@@ -175,7 +173,7 @@ _implement(
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _wants_plain_ops() -> bool:
+def wants_plain_ops() -> bool:
     """Where an autograd.Function cannot be: torch.func transforms, forward-mode AD."""
     if torch.compiler.is_compiling():
         return False
@@ -308,6 +306,11 @@ def chain_factor(
         return reference.join_factors([torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
+def factor_in_groups(u: Tensor) -> bool:
+    """Whether `wy_factor_many` shares launches between tensors like u."""
+    return hasattr(_backend(u.device, u.dtype, u.shape[1]), "wy_factor_batch")
+
+
 def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[Tensor, Tensor]]:
     """`wy_factor` of each u, without gradient; us of one shape share their launches where the backend can batch.
 
@@ -321,11 +324,11 @@ def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[T
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for (shape, dtype, device), members in groups.items():
-            batch = getattr(_backend(device, dtype, shape[1]), "wy_factor_batch", None)
-            if batch is None or len(members) == 1:
-                found = [torch.ops.hra.wy_factor_fwd(us[i], apply_gs) for i in members]
-            else:
+            if len(members) > 1 and factor_in_groups(us[members[0]]):
+                batch = _backend(device, dtype, shape[1]).wy_factor_batch
                 found = zip(*batch(torch.stack([us[i] for i in members]), apply_gs), strict=True)
+            else:
+                found = [torch.ops.hra.wy_factor_fwd(us[i], apply_gs) for i in members]
             factors.update(zip(members, found, strict=True))
     return [factors[i] for i in range(len(us))]
 
@@ -340,7 +343,7 @@ def attach_factor(
     us: Sequence[Tensor], apply_gs: Sequence[bool], factor: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """`chain_factor`, differentiable in us. With `factor` given, only the graph is made: nothing is computed again."""
-    if _wants_plain_ops():
+    if wants_plain_ops():
         return reference.chain_factor(us, apply_gs)
     if factor is None:
         factor = chain_factor(us, apply_gs, us[0].dtype)
@@ -365,7 +368,7 @@ def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
     """
     _check_reflect("reflect", x, v, t)
     rows = _rows(x)
-    if _wants_plain_ops():
+    if wants_plain_ops():
         y = reference.reflect_fwd(rows, v, t, transpose)[0]
     elif _wants_gradient(x, v, t):
         y = _Reflect.apply(rows, v, t, transpose)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hra_kernels import factor_cache, ops
+from hra_kernels import cpu_backend, factor_cache, ops
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.nn import HRALinear
 
@@ -109,3 +109,40 @@ def test_flags_and_dtype_belong_to_the_factor():
     schmidt = cache.get([u], [True], torch.float32)
     assert not torch.equal(plain[1], schmidt[1])
     assert cache.get([u], [True], torch.float64)[0].dtype == torch.float64
+
+
+def test_refill_computes_layers_of_one_shape_together(computed, monkeypatch):
+    """Stale factors come in groups and are those that each layer would compute; fresh ones are left alone."""
+    batches = []
+
+    def wy_factor_batch(us, apply_gs):
+        batches.append(tuple(us.shape))
+        factors = [cpu_backend.wy_factor(u, apply_gs) for u in us]
+        return tuple(torch.stack(part) for part in zip(*factors, strict=True))
+
+    torch.manual_seed(0)
+    us = [torch.randn(D, 4, requires_grad=True) for D in (16, 24, 16, 16, 24, 16)]
+    layers = [(FactorCache(), [u], [i == 5]) for i, u in enumerate(us[:4])]
+    layers.append((FactorCache(), us[4:], [False, True]))  # two adapters on one layer
+    layers[4][1][1] = us[5] = torch.randn(24, 4, requires_grad=True)
+    factor_cache.refill(layers)
+    assert not batches, "nothing to share on a backend that has no groups"
+    with ops.use_backend("reference"):
+        monkeypatch.setattr(ops.reference, "wy_factor_batch", wy_factor_batch, raising=False)
+        factor_cache.refill(layers)
+        assert sorted(batches) == [(2, 24, 4), (3, 16, 4)]
+        for cache, members, apply_gs in layers:
+            for got, expected in zip(
+                cache.get(members, apply_gs, torch.float32), ops.chain_factor(members, apply_gs), strict=True
+            ):
+                assert torch.equal(got, expected) and not got.requires_grad
+        assert not computed
+        factor_cache.refill(layers)
+        with torch.no_grad():
+            us[0].add_(1)
+        factor_cache.refill(layers)  # one stale layer computes its own
+        assert len(batches) == 2
+        cache, members, apply_gs = layers[0]
+        assert torch.equal(
+            cache.get(members, apply_gs, torch.float32)[0], ops.chain_factor(members, apply_gs)[0]
+        ) and computed == [1]

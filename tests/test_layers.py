@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hra_kernels import hra_conv2d, hra_linear, hra_weight, ops, reference
+from hra_kernels import cpu_backend, hra_conv2d, hra_linear, hra_weight, ops, reference
 from hra_kernels.nn import HRAConv2d, HRALinear
 
 CONVOLUTIONS = [
@@ -198,7 +198,7 @@ def test_backend_by_name():
 
 
 def test_more_columns_than_the_kernels_take_go_to_the_reference():
-    assert ops.select_backend(torch.device("cpu"), torch.float32, ops.MAX_RANK + 1) == "reference"
-    x, u = torch.randn(3, 20), torch.randn(20, ops.MAX_RANK + 1)
+    assert ops.select_backend(torch.device("cpu"), torch.float32, cpu_backend.MAX_RANK + 1) == "reference"
+    x, u = torch.randn(3, 20), torch.randn(20, cpu_backend.MAX_RANK + 1)
     q = reference.explicit_chain(u.double())
     torch.testing.assert_close(ops.reflect_chain(x, [u], [False]).double(), x.double() @ q, rtol=0, atol=1e-4)
