@@ -16,6 +16,7 @@ from hra_kernels.peft.kinds import HRAQuantisedLinear, layer_class
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.merge import require_mergeable, shared_parameters
 from hra_kernels.peft.offload import is_offloaded
+from hra_kernels.peft.weighted import add_weighted_adapter
 
 _LAYERS_TAKE_CONFIG = "config" in inspect.signature(PeftHRALinear.__init__).parameters
 """PEFT 0.20 and newer hand the whole config to a layer; 0.19 hands over its fields."""
@@ -73,6 +74,32 @@ class HRAModel(PeftHRAModel):
             return
         with accept_adapter_names(self.model, self._layers(), adapter_names, kwargs.get("num_beams")):
             yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **settings: Any,
+    ) -> None:
+        """Add the adapter W Q_1^w_1 Q_2^w_2 ..., of the adapters' summed rank; inactive, as PEFT's LoRA adds it.
+
+        Args:
+            adapters: names, in the order of their product.
+            weights: 1 is the adapter as it is, -1 its inverse; in between, and beyond, the geodesic from the identity
+                (weight 0) through the adapter. That is not defined for odd `r` and for `apply_GS`.
+            adapter_name: of the new adapter. Its columns are plain (`apply_GS` False), whatever they come from.
+            combination_type: only "cat".
+            settings: PEFT's arguments for its other types; refused.
+
+        Raises:
+            ValueError: unknown or existing name, another combination type, a weight that is not defined, an adapter
+                with trained biases or `modules_to_save`. The model is unchanged.
+        """
+        if settings:
+            raise ValueError(f"add_weighted_adapter: HRA has no use for {', '.join(settings)}; see combination_type")
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def _check_merge_allowed(self) -> None:
         shared = shared_parameters(self.model)
