@@ -94,11 +94,12 @@ def test_merging_16_bits_rounds_once():
 
 
 def test_merge_and_unmerge_drift_stays_bounded():
-    w, u = torch.randn(64, 96), torch.randn(96, 8)
+    w, u = torch.randn(64, 96, generator=generator()), torch.randn(96, 8, generator=generator(1))
     again = w
     for _ in range(100):
         again = hra_weight(hra_weight(again, u), u, inverse=True)
-    assert (again - w).abs().max() < 100 * torch.finfo(torch.float32).eps * w.abs().max()
+    # 200 products, each at most about one unit in the last place of the largest weight
+    assert (again - w).abs().max() < 200 * torch.finfo(torch.float32).eps * w.abs().max()
 
 
 def test_merged_refuses_what_is_not_finite_and_changes_nothing():

@@ -29,7 +29,8 @@ def test_a_new_batch_size_compiles_nothing():
     """Whatever Triton would specialise on (1, multiples of 16), M is none of it: one kernel serves every M."""
 
     def heard(M):
-        return set(machine_code.launches_of(lambda: machine_code.call_reflect(M, 4096, 8, machine_code.torch.bfloat16)))
+        launches = machine_code.launches_of(lambda: machine_code.call_reflect(M, 4096, 8, machine_code.torch.bfloat16))
+        return {launch for launch in launches if launch.kernel != "sum_kernel"}  # one block of rows has no sum to make
 
     small = heard(7)
     assert heard(1) == heard(16) == heard(48) == small
