@@ -46,7 +46,7 @@ CONFIGS = {
         (WIDE, WIDE, LaunchConfig(32, 64, 4, 3)),  # 35 to 69 MB of rows in flight
     ],
     ("reflect", 2, 64): [
-        (FEW_ROWS, WIDE, LaunchConfig(16, 64, 4, 3)),  # as above
+        (FEW_ROWS, WIDE, LaunchConfig(16, 64, 8, 3)),  # as above; 4 warps spill on sm_120
         (WIDE, WIDE, LaunchConfig(32, 64, 8, 2)),  # 64 rows spill on sm_80, where the operands of mma are registers
     ],
     ("reflect", 4, 16): [
@@ -72,14 +72,14 @@ CONFIGS = {
     # a strip keeps v and dv on the chip; 128 columns are 256 contiguous bytes of each row
     ("backward_columns", 2, 16): [(WIDE, WIDE, LaunchConfig(32, 128, 4, 2))],  # three 8 KB tiles; 188 registers
     ("backward_columns", 2, 32): [(WIDE, WIDE, LaunchConfig(32, 128, 8, 2))],  # spills with 4 warps in float16
-    ("backward_columns", 2, 64): [(WIDE, WIDE, LaunchConfig(16, 64, 8, 2))],  # 32 rows spill in float16 on sm_80
+    ("backward_columns", 2, 64): [(WIDE, WIDE, LaunchConfig(32, 32, 8, 2))],  # 64 columns spill on sm_80 or sm_100
     ("backward_columns", 4, 16): [(WIDE, WIDE, LaunchConfig(32, 64, 8, 2))],  # 256 bytes of a row again
     ("backward_columns", 4, 32): [(WIDE, WIDE, LaunchConfig(32, 64, 8, 2))],  # spills with 4 warps
     ("backward_columns", 4, 64): [(WIDE, WIDE, LaunchConfig(16, 32, 8, 2))],  # 32 rows spill on sm_80
     # more than 64 columns: arithmetic binds (10 R multiplications an element in 16 bits), so square tiles
     ("backward_dv", 2, 64): [(WIDE, WIDE, LaunchConfig(32, 64, 8, 2))],
     ("backward_dv", 4, 64): [(WIDE, WIDE, LaunchConfig(32, 32, 8, 2))],
-    ("project", 2, 64): [(WIDE, WIDE, LaunchConfig(64, 64, 8, 2))],  # 4 warps spill on sm_80
+    ("project", 2, 64): [(WIDE, WIDE, LaunchConfig(64, 32, 8, 3))],  # 2 stages spill on sm_80, 64 columns on sm_100
     ("project", 4, 64): [(WIDE, WIDE, LaunchConfig(64, 32, 4, 2))],
     ("combine", 2, 64): [(WIDE, WIDE, LaunchConfig(64, 32, 4, 2))],  # 64 columns spill on sm_80 and sm_120
     ("combine", 4, 64): [(WIDE, WIDE, LaunchConfig(64, 32, 8, 2))],
@@ -100,6 +100,9 @@ GRAM_BLOCK_D = 16
 
 GRAM_SPLITS = 16
 """Most splits of D in `gram_kernel`, of at least 512 columns each."""
+
+FACTOR_WARPS = 8
+"""`chain_factor_kernel`: 256 x 16 float32 of t a program at R = 256, which with 4 warps spill on sm_100."""
 
 SCALE_BLOCK_D = 128
 """`scale_rows_kernel`: 8 pairs x 128 columns a step, 8 float64 a thread."""

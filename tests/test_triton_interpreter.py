@@ -8,12 +8,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import triton_releases
+
 RUNS = {
     "accuracy": ["tests/test_accuracy.py", "--backends", "triton"],
     "kernels": ["tests/triton_suite.py", "tests/triton_planted.py"],
@@ -29,15 +29,16 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runs():
-    """All runs, side by side, each on one thread."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+@pytest.fixture(scope="module", params=triton_releases.RELEASES)
+def runs(request):
+    """All runs of a Triton release, side by side, each on one thread."""
+    environment = triton_releases.environment(request.param, request.config.cache)
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.triton_interpreter", "-p", "no:cacheprovider", "-rN"]
     started = {
         name: subprocess.Popen(
             [*command, *arguments],
-            cwd=ROOT,
+            cwd=triton_releases.ROOT,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

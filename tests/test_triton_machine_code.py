@@ -5,12 +5,15 @@ table is printed: `pytest -s`, or `python -m tests.triton_machine_code`.
 """
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 pytest.importorskip("triton")
 
 from tests import triton_machine_code as machine_code
+from tests import triton_releases
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,6 +26,16 @@ def test_every_launch_compiles_well(target):
     results = machine_code.compile_all([target])
     print(f"\n{machine_code.table(results)}")
     assert results and not [f"{result.launch}: {problem}" for result in results for problem in result.problems()]
+
+
+@pytest.mark.parametrize("release", triton_releases.RELEASES[1:])
+def test_the_gpu_machines_release(release, request):
+    """The same for Hopper with the Triton that its machines carry."""
+    command = [sys.executable, "-m", "tests.triton_machine_code", "--target", "sm_90"]
+    environment = triton_releases.environment(release, request.config.cache)
+    done = subprocess.run(command, cwd=triton_releases.ROOT, env=environment, capture_output=True, text=True)
+    print(f"\n{done.stdout}")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_new_batch_size_compiles_nothing():
