@@ -415,17 +415,25 @@ def test_fsdp2(one_process_group):
     assert not any(layer.merged for layer in model.modules() if hasattr(layer, "merged_adapters"))
 
 
-@pytest.mark.xfail(strict=True, reason="issue 6: tensor-parallel base weights")
 def test_tensor_parallel_row_wise(one_process_group):
+    """More layouts, and two processes: test_peft_distributed.py."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-    model = nn.Sequential(linear())
-    parallelize_module(model, mesh, {"0": RowwiseParallel(input_layouts=Shard(-1))})
+    plain = adapt(nn.Sequential(linear()), targets=["0"])
+    model = parallelize_module(nn.Sequential(linear()), mesh, {"0": RowwiseParallel(input_layouts=Shard(-1))})
     adapted = adapt(model, targets=["0"])
-    adapted(distribute_tensor(torch.randn(4, 48), mesh, [Shard(-1)]))
+    x = torch.randn(4, 48)
+    y = adapted(distribute_tensor(x, mesh, [Shard(-1)]))
+    assert relative(y, plain(x)) < FLOAT32
+    y.sum().backward()
+    plain(x).sum().backward()
+    grads = [model.base_model.model[0].hra_u["default"].grad for model in (adapted, plain)]
+    assert relative(*grads) < FLOAT32
+    with pytest.raises(NotImplementedError, match=r"cannot merge into layer '0'.*DTensor.*sharded"):
+        adapted.merge_adapter()
 
 
 def test_torch_export():

@@ -7,6 +7,7 @@ business. Saved for backward: x, x vᵀ (M, R) and the factor; the factor is com
 """
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import reflect_chain
-from hra_kernels.peft import merge
+from hra_kernels.peft import merge, tensor_parallel
 from hra_kernels.peft.adapter_names import MixedBatch, MixedFactors, check_mixed_batch
 from hra_kernels.peft.offload import loaded
 
@@ -148,9 +149,10 @@ class ReflectionLayer(HRALayer):
         return self._mixed_factors.get(self, adapter_names, x)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        sharded = ", whose weight is sharded" if tensor_parallel.is_sharded(self.get_base_layer()) else ""
         raise NotImplementedError(
-            f"HRA: adapter_names (a batch that mixes adapters) is not supported by {self.describe()}; exclude it "
-            "(exclude_modules), or choose adapters with set_adapter() and run one forward for each"
+            f"HRA: adapter_names (a batch that mixes adapters) is not supported by {self.describe()}{sharded}; exclude "
+            "it (exclude_modules), or choose adapters with set_adapter() and run one forward for each"
         )
 
     # --- merging
@@ -189,9 +191,14 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
         self._factors = FactorCache()
 
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
+        if tensor_parallel.is_sharded(self.get_base_layer()):
+            reflect = partial(tensor_parallel.reflect, layer=self, us=us, apply_gs=apply_gs)
+            return tensor_parallel.call_base(self, reflect, x, *args, **kwargs)
         factor = self._factors.get(us, apply_gs, x.dtype)
         return self.base_layer(reflect_chain(x, us, apply_gs, factor, transpose=True), *args, **kwargs)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if tensor_parallel.is_sharded(self.get_base_layer()):
+            return ReflectionLayer._mixed_forward(self, x, adapter_names)
         batch = self._mixed_batch(adapter_names, x)
         return self.base_layer(reflect_mixed(x, *batch, transpose=True), *args, **kwargs)

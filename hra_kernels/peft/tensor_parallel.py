@@ -1,0 +1,66 @@
+"""HRA over a linear layer whose weight is sharded (a DTensor): PyTorch's ColwiseParallel, RowwiseParallel and the like.
+
+The layer's own hooks bring x into the layout that its weight wants, and only then is it known how x is sharded. So the
+reflections go in as one more hook, behind those. `hra_u` is whole on every rank, and so is its gradient:
+
+    x replicated                  each rank reflects it, with the compiled kernels
+    x sharded along the features  v is sharded alike; p = x vᵀ adds up over the ranks: (M, R) numbers travel, not (M, D)
+    x sharded otherwise           each rank reflects its part; the gradient of u adds up over the ranks
+
+The last two are PyTorch's own products on DTensors.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from hra_kernels import reference
+from hra_kernels.ops import attach_factor, in_factor_dtype, reflect_chain
+
+if TYPE_CHECKING:
+    from hra_kernels.peft.layer import ReflectionLayer
+
+
+def is_sharded(base: nn.Module) -> bool:
+    """Whether the layer's weight is a DTensor."""
+    return hasattr(getattr(base, "weight", None), "device_mesh")
+
+
+def call_base(
+    layer: "ReflectionLayer", reflect: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The base layer of x, with `reflect` applied to its input after all of its own forward pre-hooks.
+
+    Raises:
+        NotImplementedError: the base layer is another adapter's layer, whose part of the work would miss `reflect`.
+    """
+    base = layer.get_base_layer()
+    if layer.base_layer is not base:
+        raise NotImplementedError(
+            f"HRA: {layer.describe()} is over a {type(layer.base_layer).__name__} with a sharded weight, which "
+            "together is not supported; use one adapter method a layer"
+        )
+    hook = base.register_forward_pre_hook(lambda _, inputs: (reflect(inputs[0]), *inputs[1:]))
+    try:
+        return base(x, *args, **kwargs)
+    finally:
+        hook.remove()
+
+
+def reflect(x: Tensor, layer: "ReflectionLayer", us: list[Tensor], apply_gs: list[bool]) -> Tensor:
+    """x Qᵀ for x (..., D), a DTensor sharded or replicated in any way, or a plain one; placed as x is."""
+    factor = layer._factors.get(us, apply_gs, x.dtype)
+    if not hasattr(x, "device_mesh"):
+        return reflect_chain(x, us, apply_gs, factor, transpose=True)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, whole = x.device_mesh, [Replicate()] * x.device_mesh.ndim
+    if all(p.is_replicate() for p in x.placements):
+        y = reflect_chain(x.to_local(), us, apply_gs, factor, transpose=True)
+        return DTensor.from_local(y, mesh, whole, run_check=False)
+    v, t = attach_factor(in_factor_dtype(us, x.dtype), apply_gs, factor)
+    v, t = (DTensor.from_local(tensor, mesh, whole, run_check=False) for tensor in (v, t))
+    v = v.redistribute(placements=[Shard(1) if p.is_shard(x.dim() - 1) else Replicate() for p in x.placements])
+    y, _ = reference.reflect_fwd(x if x.dim() > 1 else x[None], v, t, True)  # DTensors have no vector times matrix
+    return y.reshape(x.shape).redistribute(placements=x.placements)
