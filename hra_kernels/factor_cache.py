@@ -28,6 +28,11 @@ def _count_step(*_: object) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def optimizer_steps() -> int:
+    """How many steps all optimisers of this process have made."""
+    return _optimizer_steps
+
+
 class FactorCache:
     """One remembered `chain_factor`. Copies and pickles of it are empty."""
 

@@ -111,38 +111,63 @@ def test_flags_and_dtype_belong_to_the_factor():
     assert cache.get([u], [True], torch.float64)[0].dtype == torch.float64
 
 
-def test_refill_computes_layers_of_one_shape_together(computed, monkeypatch):
-    """Stale factors come in groups and are those that each layer would compute; fresh ones are left alone."""
-    batches = []
+@pytest.fixture
+def batches(monkeypatch):
+    """The reference with factors in groups; a list with the shape of each group."""
+    shapes = []
 
     def wy_factor_batch(us, apply_gs):
-        batches.append(tuple(us.shape))
+        shapes.append(tuple(us.shape))
         factors = [cpu_backend.wy_factor(u, apply_gs) for u in us]
         return tuple(torch.stack(part) for part in zip(*factors, strict=True))
 
+    monkeypatch.setattr(ops.reference, "wy_factor_batch", wy_factor_batch, raising=False)
+    return shapes
+
+
+def test_refill_computes_layers_of_one_shape_together(computed, batches):
+    """Stale factors come in groups and are those that each layer would compute; fresh ones are left alone."""
     torch.manual_seed(0)
-    us = [torch.randn(D, 4, requires_grad=True) for D in (16, 24, 16, 16, 24, 16)]
-    layers = [(FactorCache(), [u], [i == 5]) for i, u in enumerate(us[:4])]
+    us = [torch.randn(D, 4, requires_grad=True) for D in (16, 24, 16, 16, 24, 24)]
+    layers = [(FactorCache(), [u], [False]) for u in us[:4]]
     layers.append((FactorCache(), us[4:], [False, True]))  # two adapters on one layer
-    layers[4][1][1] = us[5] = torch.randn(24, 4, requires_grad=True)
     factor_cache.refill(layers)
     assert not batches, "nothing to share on a backend that has no groups"
     with ops.use_backend("reference"):
-        monkeypatch.setattr(ops.reference, "wy_factor_batch", wy_factor_batch, raising=False)
         factor_cache.refill(layers)
         assert sorted(batches) == [(2, 24, 4), (3, 16, 4)]
         for cache, members, apply_gs in layers:
-            for got, expected in zip(
-                cache.get(members, apply_gs, torch.float32), ops.chain_factor(members, apply_gs), strict=True
-            ):
+            found = cache.get(members, apply_gs, torch.float32)
+            for got, expected in zip(found, ops.chain_factor(members, apply_gs), strict=True):
                 assert torch.equal(got, expected) and not got.requires_grad
         assert not computed
         factor_cache.refill(layers)
         with torch.no_grad():
             us[0].add_(1)
-        factor_cache.refill(layers)  # one stale layer computes its own
-        assert len(batches) == 2
+        factor_cache.refill(layers)
+        assert len(batches) == 2, "one stale layer computes its own"
         cache, members, apply_gs = layers[0]
-        assert torch.equal(
-            cache.get(members, apply_gs, torch.float32)[0], ops.chain_factor(members, apply_gs)[0]
-        ) and computed == [1]
+        expected = ops.chain_factor(members, apply_gs)
+        assert torch.equal(cache.get(members, apply_gs, torch.float32)[0], expected[0]) and computed == [1]
+
+
+def test_a_peft_model_refills_once_a_step(computed, batches):
+    peft = pytest.importorskip("peft")
+    import hra_kernels.peft
+
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    with hra_kernels.peft.enabled():
+        model = peft.get_peft_model(base, peft.HRAConfig(r=4, target_modules=["0", "1", "2"], init_weights=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(5, 16)
+    with ops.use_backend("reference"):
+        for step in range(1, 4):
+            expected = copy.deepcopy(model).base_model.model(x)
+            del computed[:]
+            for _ in range(2):
+                y = model(x)
+                assert torch.equal(y, expected)
+                y.square().sum().backward()
+            assert batches == [(3, 16, 4)] * step and not computed
+            optimizer.step()

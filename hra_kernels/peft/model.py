@@ -5,16 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from peft.tuners.hra.model import HRAModel as PeftHRAModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
+from tqdm import tqdm
 
+from hra_kernels.factor_cache import optimizer_steps, refill
 from hra_kernels.peft.adapter_names import accept_adapter_names
 from hra_kernels.peft.base_weight import torchao_configuration
 from hra_kernels.peft.kinds import HRAQuantisedLinear, layer_class
 from hra_kernels.peft.layer import ReflectionLayer
-from hra_kernels.peft.merge import require_mergeable, shared_parameters
+from hra_kernels.peft.merge import require_finite_result, require_mergeable, shared_parameters
 from hra_kernels.peft.offload import is_offloaded
 from hra_kernels.peft.weighted import add_weighted_adapter
 
@@ -27,6 +30,9 @@ class HRAModel(PeftHRAModel):
 
     A merge of several layers is checked before the first weight changes.
     """
+
+    _refilled_after: int = -1
+    """`optimizer_steps()` when the layers' factors were last computed together."""
 
     def _create_and_replace(
         self,
@@ -52,6 +58,13 @@ class HRAModel(PeftHRAModel):
         if isinstance(layer, HRAQuantisedLinear):
             layer.torchao_configuration = torchao_configuration(self.model)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's, which assigns `weight` even where a base layer comes back; quantised ones may have none."""
+        if isinstance(child, ReflectionLayer) and new_module is child.get_base_layer():
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     @staticmethod
     def _create_new_module(hra_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -65,11 +78,24 @@ class HRAModel(PeftHRAModel):
             kwargs["config"] = hra_config
         return kind(target, adapter_name, **kwargs)
 
+    def _refill_factors(self) -> None:
+        """Once after an optimiser's step: factors of one shape together, where that saves launches (`refill`)."""
+        if torch.compiler.is_compiling() or self._refilled_after == optimizer_steps():
+            return
+        self._refilled_after = optimizer_steps()
+        layers = [layer for layer in self._layers() if not is_offloaded(layer.hra_u)]
+        names = [layer._adapters_to_apply() for layer in layers]
+        refill(
+            (layer._factors, [layer.hra_u[name] for name in active], [layer.hra_apply_GS[name] for name in active])
+            for layer, active in zip(layers, names, strict=True)
+        )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT calls this around forward and generate with their keyword arguments."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
+            self._refill_factors()
             yield
             return
         with accept_adapter_names(self.model, self._layers(), adapter_names, kwargs.get("num_beams")):
@@ -113,25 +139,47 @@ class HRAModel(PeftHRAModel):
                 )
         super()._check_merge_allowed()
 
-    def _check_merge_possible(self, adapter_names: list[str] | None) -> None:
+    def _check_merge_possible(self, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
         for layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.hra_u and name not in layer.merged_adapters]
             if names and not is_offloaded(layer.get_base_layer()):  # PEFT loads an offloaded one around its merge
                 require_mergeable(layer, names)
+                if safe_merge:
+                    require_finite_result(layer, names)
 
     def _layers(self) -> list[ReflectionLayer]:
         return [module for module in self.model.modules() if isinstance(module, ReflectionLayer)]
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's; all layers are checked before the first one is merged.
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+    ) -> None:
+        """As PEFT's; all layers are checked before the first one is merged, and a failure undoes those before it.
+
+        Args:
+            progressbar: show one, as `merge_and_unload` does.
 
         Raises:
-            ValueError: an `hra_u` is not finite, or a weight is tied to one that is not being merged.
-            NotImplementedError: a base weight is quantised, sharded or not loaded.
+            ValueError: an `hra_u` or a merged weight is not finite, or a weight is tied to one that is not being merged.
+            NotImplementedError: a base weight is quantised in a format that cannot be written, sharded or not loaded.
         """
         self._check_merge_possible(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._check_merge_allowed()
+        merged: list[tuple[BaseTunerLayer, list[str]]] = []
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        try:
+            for layer in tqdm(layers, disable=not progressbar, desc="Merging adapters"):
+                merged.append((layer, list(layer.merged_adapters)))
+                with onload_layer(layer):
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        except BaseException:
+            for layer, names in merged:
+                if layer.merged_adapters != names:
+                    with onload_layer(layer):
+                        layer.unmerge()
+                        if names:
+                            layer.merge(adapter_names=names)
+            raise
 
     def _unload_and_optionally_merge(
         self,
@@ -140,6 +188,7 @@ class HRAModel(PeftHRAModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
+        """As PEFT's; with safe_merge no layer is merged, or unloaded, before all have been found to be mergeable."""
         if merge:
-            self._check_merge_possible(adapter_names)
+            self._check_merge_possible(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
