@@ -163,7 +163,7 @@ class ReflectionLayer(HRALayer):
         The original weight is kept while merged, so that `unmerge` restores its bits.
 
         Args:
-            safe_merge: accepted for PEFT's sake; every merge is checked before the weight is touched.
+            safe_merge: accepted for PEFT's sake: every merge of a layer is checked before its weight is touched.
             adapter_names: which adapters, in this order; by default the active ones.
 
         Raises:

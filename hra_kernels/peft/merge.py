@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Factor = tuple[Tensor, Tensor]
 
+_NOT_FINITE = "the base weight is not finite, or the result is out of its dtype's range"
+
 
 @dataclass
 class Merged:
@@ -61,6 +63,17 @@ def _broken(layer: "ReflectionLayer", name: str, why: str) -> str:
 
 
 @torch.no_grad()
+def require_finite_result(layer: "ReflectionLayer", names: list[str]) -> None:
+    """Raise ValueError where merging these adapters would not give a finite weight. Computes it, and keeps nothing."""
+    weight = readable_weight(layer)
+    us = [layer.hra_u[name].to(weight.device) for name in names]
+    factor = chain_factor(us, [layer.hra_apply_GS[name] for name in names], weight.dtype)
+    rows = weight.read()
+    if not all(_reflected(rows[block], factor, inverse=False).isfinite().all() for block in row_blocks(rows)):
+        raise ValueError(_broken(layer, ", ".join(names), _NOT_FINITE))
+
+
+@torch.no_grad()
 def merge(layer: "ReflectionLayer", adapter_names: list[str] | None) -> None:
     """See `ReflectionLayer.merge`."""
     names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.hra_u]
@@ -80,9 +93,8 @@ def merge(layer: "ReflectionLayer", adapter_names: list[str] | None) -> None:
             weight.restore(original)
             factor = join_factors(factors)
         merged = reflect_rows(weight.read(), factor, inverse=False)
-        if not merged.isfinite().all():
-            why = "the base weight is not finite, or the result is out of its dtype's range"
-            raise ValueError(_broken(layer, ", ".join(names), why))
+        if not all(merged[rows].isfinite().all() for rows in row_blocks(merged)):
+            raise ValueError(_broken(layer, ", ".join(names), _NOT_FINITE))
         weight.write(merged)
     except BaseException:
         weight.restore(current)
@@ -116,13 +128,16 @@ def _moved(factors: list[Factor], weight: PlainWeight | QuantisedWeight) -> list
 
 def reflect_rows(weight: Tensor, factor: Factor, inverse: bool) -> Tensor:
     """W Q, or W Qᵀ if inverse, as a new tensor of W's dtype and memory format; (N, ...) is seen as (N, D)."""
-    v, t = factor
     merged = torch.empty_like(weight)
-    with torch.autocast(weight.device.type, enabled=False):
-        for rows in row_blocks(weight):
-            block = weight[rows]
-            merged[rows] = reflect(block.flatten(1).to(v.dtype), v, t, transpose=inverse).view(block.shape)
+    for rows in row_blocks(weight):
+        merged[rows] = _reflected(weight[rows], factor, inverse)
     return merged
+
+
+def _reflected(rows: Tensor, factor: Factor, inverse: bool) -> Tensor:
+    v, t = factor
+    with torch.autocast(rows.device.type, enabled=False):
+        return reflect(rows.flatten(1).to(v.dtype), v, t, transpose=inverse).view(rows.shape).to(rows.dtype)
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:

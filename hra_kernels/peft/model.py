@@ -160,7 +160,7 @@ class HRAModel(PeftHRAModel):
             progressbar: show one, as `merge_and_unload` does.
 
         Raises:
-            ValueError: an `hra_u` or a merged weight is not finite, or a weight is tied to one that is not being merged.
+            ValueError: an `hra_u` or a merged weight is not finite, or a weight is tied to one that is not merged.
             NotImplementedError: a base weight is quantised in a format that cannot be written, sharded or not loaded.
         """
         self._check_merge_possible(adapter_names)
