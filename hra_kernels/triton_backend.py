@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hra_kernels.tuning import (
     COLUMN_PROGRAMS,
-    FACTOR_WARPS,
     GRAM_BLOCK_D,
     GRAM_SPLITS,
     PRODUCT_CONFIG,
@@ -26,6 +25,7 @@ from hra_kernels.tuning import (
     SCALE_BLOCK_D,
     SUM_BLOCK,
     LaunchConfig,
+    factor_warps,
     select_config,
 )
 
@@ -396,7 +396,7 @@ def wy_factor_batch(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
             g = _gram(v, v)
             kernels.chain_factor_kernel[(_cdiv(R, 16), L)](
                 t_ptr=t, g_ptr=g, scale_ptr=scale, phi_ptr=phi, R=R, num_splits=g.shape[1],
-                BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=GRAM_SPLITS, num_warps=FACTOR_WARPS, num_stages=1,
+                BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=GRAM_SPLITS, num_warps=factor_warps(block_r), num_stages=1,
             )  # fmt: skip
         else:
             hat = _empty((L, R, D), torch.float32, u.device)

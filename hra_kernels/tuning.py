@@ -101,9 +101,6 @@ GRAM_BLOCK_D = 16
 GRAM_SPLITS = 16
 """Most splits of D in `gram_kernel`, of at least 512 columns each."""
 
-FACTOR_WARPS = 8
-"""`chain_factor_kernel`: 256 x 16 float32 of t a program at R = 256, which with 4 warps spill on sm_100."""
-
 SCALE_BLOCK_D = 128
 """`scale_rows_kernel`: 8 pairs x 128 columns a step, 8 float64 a thread."""
 
@@ -112,6 +109,11 @@ SUM_BLOCK = 512
 
 SHAPES_OF_EVERY_LINE = ((64, 4096), (8192, 2048), (8192, 4096), (8192, 16384))
 """(M, D) that between them reach every line of `CONFIGS`."""
+
+
+def factor_warps(block_r: int) -> int:
+    """Warps of `chain_factor_kernel`: 4 spill on sm_100 at R = 256 (16 columns of t are 32 float32 a thread)."""
+    return 8 if block_r > 128 else 4
 
 
 def select_config(kernel: str, element_size: int, block_r: int, M: int, D: int) -> LaunchConfig:
