@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers.pytorch_utils import Conv1D
 
 from hra_kernels import mixed_batch, reference
 from hra_kernels.mixed_batch import reflect_mixed
@@ -181,19 +182,31 @@ LAYERS = {
     "conv, geometry": (lambda: conv2d((3, 2), stride=(2, 1), dilation=(1, 2), padding=(2, 1)), (7, 3, 9, 8)),
     "conv, same": (lambda: conv2d((2, 3), padding="same"), (7, 3, 6, 5)),
     "conv, reflect": (lambda: conv2d(3, padding=(2, 1), padding_mode="reflect"), (7, 3, 6, 5)),
+    "conv 1d": (lambda: seeded(lambda: nn.Conv1d(3, 8, 4, stride=2, padding=1)), (7, 3, 11)),
+    "conv 3d": (lambda: seeded(lambda: nn.Conv3d(2, 6, (2, 3, 1), dilation=(1, 2, 1))), (7, 2, 4, 7, 3)),
+    "Conv1D": (lambda: seeded(lambda: Conv1D(20, 48)), (7, 5, 48)),
+    "embedding": (lambda: seeded(lambda: nn.Embedding(30, 12)), (7, 5)),
+    "embedding, one token": (lambda: seeded(lambda: nn.Embedding(30, 12)), (7,)),
 }
+
+
+def layer_input(kind):
+    shape = LAYERS[kind][1]
+    if kind.startswith("embedding"):
+        return seeded(lambda: torch.randint(0, 30, shape), 3)
+    return seeded(lambda: torch.randn(shape), 3)
 
 
 def one_by_one(layer, x, names, dy=None):
     """y through `set_adapter`, one forward a sample; with dy also dx and the gradient of every adapter."""
-    leaves = [x, *layer.hra_u.values()]
+    leaves = [*([x] if x.is_floating_point() else []), *layer.hra_u.values()]
     ys, grads = [], [torch.zeros_like(leaf) for leaf in leaves]
     for sample, name in enumerate(names):
         layer.set_adapter([] if name == BASE else [name])
         layer.hra_u.requires_grad_(dy is not None)
         one = slice(sample, sample + 1)
         ys.append(layer(x[one]))
-        if dy is not None:
+        if dy is not None and ys[-1].requires_grad:
             found = torch.autograd.grad(ys[-1], leaves, dy[one], allow_unused=True)
             grads = [total if grad is None else total + grad for total, grad in zip(grads, found, strict=True)]
     layer.set_adapter(["default"])
@@ -203,17 +216,17 @@ def one_by_one(layer, x, names, dy=None):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_each_sample_has_its_adapter(kind):
     """Against a float64 copy of the layer, one sample at a time: y, dx and du of every adapter."""
-    make, shape = LAYERS[kind]
-    layer = mixed_layer(make())
+    layer = mixed_layer(LAYERS[kind][0]())
     exact_layer = copy.deepcopy(layer).double()
-    x = seeded(lambda: torch.randn(shape), 3).requires_grad_()
+    x = layer_input(kind)
+    x.requires_grad_(x.is_floating_point())
     layer.requires_grad_(True)
     y = layer(x, adapter_names=NAMES)
     plain = layer.base_layer(x)
     assert torch.equal(y[[1, 5]], plain[[1, 5]]) and relative(y, plain) > 0.1
     dy = torch.randn_like(y)
-    got = torch.autograd.grad(y, [x, *layer.hra_u.values()], dy)
-    exact_x = x.detach().double().requires_grad_()
+    got = torch.autograd.grad(y, [*([x] if x.requires_grad else []), *layer.hra_u.values()], dy)
+    exact_x = x.detach().double().requires_grad_() if x.requires_grad else x
     exact = one_by_one(exact_layer, exact_x, NAMES, dy.double())
     assert relative(y, exact[0]) < FLOAT32
     assert all(relative(one, other) < FLOAT32 for one, other in zip(got, exact[1:], strict=True))
