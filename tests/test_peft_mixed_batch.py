@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -399,6 +400,17 @@ def test_no_hook_is_left_behind_by_an_error(model):
     with pytest.raises(ValueError, match="number of inputs"):
         model(x, adapter_names=["b"])
     assert torch.equal(model(x), expected)
+
+
+def test_threads_share_a_model(model):
+    """Inference servers: each call has names of its own, or none."""
+    x = images()
+    asked = [["b", "default", BASE, "b"], [BASE, "b", "b", "default"], ["default"] * 4, None] * 8
+    with torch.no_grad():
+        expected = [model(x, adapter_names=names) for names in asked]
+        with ThreadPoolExecutor(4) as pool:
+            got = list(pool.map(torch.no_grad()(lambda names: model(x, adapter_names=names)), asked))
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
 def test_modules_to_save():

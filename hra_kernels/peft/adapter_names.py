@@ -5,6 +5,7 @@ search a name holds for all beams of its sample. `accept_adapter_names` hands th
 runs, `MixedFactors` keeps for one layer what `hra_kernels.mixed_batch` needs.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -59,7 +60,7 @@ class MixedFactors:
             attached = [attach_factor([u], [gs], factor) for u, gs, factor in zip(us, flags, factors, strict=True)]
             return stack_factors(attached)
         kept = self._stack
-        if kept is not None and len(kept[0]) == len(factors) and all(map(lambda a, b: a is b, kept[0], factors)):
+        if kept is not None and list(map(id, kept[0])) == list(map(id, factors)):
             return kept[1]
         with torch.inference_mode(False), torch.no_grad():
             stack = stack_factors(factors)
@@ -68,7 +69,8 @@ class MixedFactors:
 
     def _place(self, names: list[str], adapter_names: Sequence[str], device: torch.device) -> tuple:
         key = (tuple(names), tuple(adapter_names), device)
-        if self._places is None or self._places[0] != key:
+        kept = self._places
+        if kept is None or kept[0] != key:
             samples = [sample for sample, name in enumerate(adapter_names) if name in names]
             chains = [names.index(adapter_names[sample]) for sample in samples]
             with torch.inference_mode(False):
@@ -76,8 +78,8 @@ class MixedFactors:
                     torch.tensor(chains, device=device),
                     None if len(samples) == len(adapter_names) else torch.tensor(samples, device=device),
                 )
-            self._places = (key, places)
-        return self._places[1]
+            self._places = kept = (key, places)
+        return kept[1]
 
     def __deepcopy__(self, memo: dict) -> "MixedFactors":
         return MixedFactors()
@@ -99,8 +101,9 @@ def check_mixed_batch(layer: "ReflectionLayer", x: Tensor, adapter_names: Sequen
         )
 
 
-def _hand_over(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str]) -> tuple[tuple, dict]:
-    return args, {**kwargs, "adapter_names": adapter_names}
+def _hand_over(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list[str], thread: int):
+    """A forward pre-hook, for the calls of one thread: others may be running the same model with other names."""
+    return (args, {**kwargs, "adapter_names": adapter_names}) if threading.get_ident() == thread else None
 
 
 @contextmanager
@@ -132,6 +135,6 @@ def accept_adapter_names(
     with ExitStack() as stack:
         for module in [*tuner_layers, *(m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))]:
             names = list(adapter_names) if module in in_encoder else repeated
-            hook = module.register_forward_pre_hook(partial(_hand_over, adapter_names=names), with_kwargs=True)
-            stack.callback(hook.remove)
+            hook = partial(_hand_over, adapter_names=names, thread=threading.get_ident())
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
