@@ -75,9 +75,9 @@ def has_nvidia_driver():
     return shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").exists()
 
 
-def build_tools():
-    """What pip has to bring so that the native module builds."""
-    tools = ["scikit-build-core>=0.10", "pybind11>=2.13"]
+def build_tools(arguments):
+    """What pip has to bring so that the native module builds; and hqq, which the tests want and has no wheels."""
+    tools = ["scikit-build-core>=0.10", "pybind11>=2.13"] + (["setuptools>=70.1"] if arguments.dev else [])
     cmake = shutil.which("cmake")
     if cmake:
         words = subprocess.run([cmake, "--version"], capture_output=True, text=True, check=False).stdout.split()
@@ -155,7 +155,7 @@ def create(arguments, torch_version, torch_folders, log):
     pins = venv / "constraints.txt"
     pins.write_text(constraints)
     pip += ["-c", str(pins)]
-    if not run_logged("[2/4] build tools", [*pip, *build_tools()], log):
+    if not run_logged("[2/4] build tools", [*pip, *build_tools(arguments)], log):
         stop(f"pip could not install the build tools (log: {log})")
     title = "[3/4] PyTorch, PEFT, transformers; hra-kernels compiled (a few minutes)"
     if not run_logged(title, [*pip, "--no-build-isolation", "-e", f".[{extras}]"], log):

@@ -191,39 +191,6 @@ def test_no_adapter_active_is_bit_equal(kind):
     assert torch.equal(layer(x), expected)
 
 
-class Int8Linear(nn.Linear):
-    """A stand-in for quantised layers: a subclass of nn.Linear, integers for a weight, and a forward of its own."""
-
-    def __init__(self, source):
-        super().__init__(source.in_features, source.out_features)
-        self.scale = source.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((source.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
-        self.bias = source.bias
-
-    def forward(self, x):
-        return F.linear(x, (self.weight * self.scale).to(x.dtype), self.bias.to(x.dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_quantised_base_is_never_silently_wrong(dtype):
-    base = Int8Linear(linear())
-    layer = layer_of(base)
-    x = torch.randn(9, 48).to(dtype)
-    y = forward_backward(layer, x)
-    dense = (base.weight * base.scale).double() @ dense_q(layer.hra_u["default"])
-    exact = F.linear(x.double(), dense, base.bias.double())
-    assert y.dtype == dtype and relative(y, exact) < (FLOAT32 if dtype == torch.float32 else 2 * BFLOAT16)
-    assert layer.hra_u["default"].grad.abs().max() > 0
-    with pytest.raises(NotImplementedError, match=r"cannot merge into layer '0'.*int8.*Supported are plain float32"):
-        layer.merge()
-
-
-@pytest.mark.xfail(strict=True, reason="issue 6: merging into quantised weights (bitsandbytes, HQQ, torchao, GPTQ)")
-def test_quantised_base_merge():
-    layer = layer_of(Int8Linear(linear()))
-    layer.merge()
-
-
 # --- 16-bit -----------------------------------------------------------------------------------------------------------
 
 

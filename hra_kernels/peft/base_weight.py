@@ -32,14 +32,29 @@ def _no_torchao_configuration() -> None:
 
 
 def quantisation_of(base: nn.Module, requantise: Callable[[], Any] | None = None) -> "QuantizationBackend | None":
-    """PEFT's quantisation backend for a base layer; None where the layer is not quantised, or PEFT has none for it.
+    """PEFT's quantisation backend for a base layer; None where the layer is not quantised, or PEFT has none that runs.
 
     Args:
         requantise: torchao only, and only to merge: the model's `TorchAoConfig.get_apply_tensor_subclass`.
     """
-    if resolve_quantization_backend is None:
+    if resolve_quantization_backend is None or _is_no_format(base):
         return None
-    return resolve_quantization_backend(base, get_apply_tensor_subclass=requantise or _no_torchao_configuration)
+    try:
+        return resolve_quantization_backend(base, get_apply_tensor_subclass=requantise or _no_torchao_configuration)
+    except ImportError:  # PEFT imports what another release of the package had: 0.20 does, with torchao 0.18
+        return None
+
+
+def _is_no_format(base: nn.Module) -> bool:
+    """Whether nothing in this layer is quantised: then PEFT need not import every package that could have done it."""
+    weight = getattr(base, "weight", None)
+    kinds = nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D
+    return isinstance(base, kinds) and type(weight) is nn.Parameter and weight.dtype in MERGEABLE
+
+
+def is_torchao(base: nn.Module) -> bool:
+    """Whether torchao quantised this layer."""
+    return type(getattr(base, "weight", None)).__module__.startswith("torchao.")
 
 
 def torchao_configuration(model: nn.Module) -> Callable[[], Any] | None:
@@ -63,7 +78,7 @@ def why_not_mergeable(layer: "ReflectionLayer") -> str | None:
     if backend is not None:
         if not backend.supports_merge:
             return f"its base layer is quantised with {backend.backend_name}, whose weights PEFT cannot write"
-        if backend.backend_name == "torchao" and _torchao_configuration_of(layer) is None:
+        if is_torchao(base) and _torchao_configuration_of(layer) is None:
             return (
                 "its torchao weight can be quantised again only with the model's own configuration: load the model "
                 "through transformers with quantization_config=TorchAoConfig(...)"
@@ -203,6 +218,9 @@ def unpack_for_cpu(base: nn.Module) -> None:
     """
     if _is_packed_for_cpu(base):
         base.state_dict()  # bitsandbytes saves, and leaves, the weight unpacked
+        state = base.weight.quant_state
+        if state.absmax.dim() == 2:  # and, in 0.50, scales that are not nested as they were packed
+            state.absmax = state.absmax.mT.flatten().float()
 
 
 def row_blocks(weight: Tensor) -> list[slice]:

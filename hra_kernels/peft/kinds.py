@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hra_kernels.peft.base_weight import quantisation_of, unpack_for_cpu
+from hra_kernels.peft.base_weight import is_torchao, quantisation_of, unpack_for_cpu
 from hra_kernels.peft.conv import conv_layer_class
 from hra_kernels.peft.embedding import HRAEmbedding
 from hra_kernels.peft.layer import HRALinear, ReflectionLayer
@@ -29,6 +29,10 @@ class HRAQuantisedLinear(HRALinearLike):
 
     torchao_configuration: Callable[[], Any] | None = None
     """How the model was quantised, where torchao did it and transformers loaded it; needed to merge."""
+
+    def _cast_for_base(self, x: Tensor) -> Tensor:
+        # torchao's weights have the dtype of the inputs they want; the others' dtype is that of their storage
+        return super()._cast_for_base(x) if is_torchao(self.get_base_layer()) else x
 
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
         trains = torch.is_grad_enabled() and (x.requires_grad or any(u.requires_grad for u in us))
