@@ -10,7 +10,7 @@ from torch import nn
 from hra_kernels.factor_cache import FactorCache
 
 
-class OwnSetup(HRALayer):
+class OwnSetup(nn.Module, HRALayer):
     """`__init__` and `update_layer` of PEFT's HRA layers, for any base layer. Listed after `ReflectionLayer`.
 
     A subclass supplies `_vector_shape`.
@@ -26,10 +26,14 @@ class OwnSetup(HRALayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self.kwargs: dict[str, Any] = {}
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._sizes()
         self._factors = FactorCache()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, **settings)
+
+    def _sizes(self) -> tuple[int, int]:
+        """in_features and out_features, as PEFT names them."""
+        return _get_in_out_features(self.get_base_layer())
 
     def _vector_shape(self) -> tuple[int, ...]:
         """The shape of `hra_u` without its last dimension, r."""
