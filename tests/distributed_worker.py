@@ -148,29 +148,92 @@ def refused(mesh):
         raise AssertionError("a mixed batch ran")
 
 
+def merging(model, x, exact):
+    """Merge and unmerge of a sharded model, while it is gathered for a forward too; the shards' bits come back."""
+    before = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    for safe_merge in (False, True):
+        with torch.no_grad():
+            model.merge_adapter(safe_merge=safe_merge)
+            assert relative(whole(model(x)), exact) < FLOAT32
+            for layer in ("0", "lin0"):
+                base = getattr(model.base_model.model, layer, None)
+                if base is not None and isinstance(base.base_layer.weight, DTensor):
+                    assert relative(whole(base.base_layer.weight), whole(before_name(before, layer))) > 1e-2
+            model.unmerge_adapter()
+            after = {name: whole(p) for name, p in model.named_parameters()}
+            assert all(torch.equal(after[name], before[name]) for name in before)
+            assert relative(whole(model(x)), exact) < FLOAT32
+
+
+def before_name(before, layer):
+    return next(p for name, p in before.items() if name.endswith(f"{layer}.base_layer.weight"))
+
+
 def fsdp2(mesh):
-    """Forward, backward, and a merge."""
+    """Forward, backward, merge and unmerge, with the layers in groups of their own and without."""
     base = seeded(Net)
     x, dy = normal(4, 3, 8, 8), normal(4, 5)
-    model = adapt(base)
-    exact = results(model, x, dy)
+    exact = results(adapt(base), x, dy)
+    for wrapped in ((), ("lin0", "conv")):
+        model = adapt(base)
+        for name in wrapped:
+            fully_shard(getattr(model.base_model.model, name), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.backward(dy)
+        got = [y, given.grad, *(whole(p.grad) for p in model.parameters() if p.requires_grad)]
+        errors = [relative(one, other) for one, other in zip(got, exact, strict=True)]
+        assert max(errors) < FLOAT32, errors
+        with torch.no_grad():
+            model(x)  # leaves the root's weights gathered
+        merging(model, x, exact[0])
+        assert relative(model(x), exact[0]) < FLOAT32
+
+
+def fsdp2_disable_while_merged(mesh):
+    """Disabling unmerges inside a forward, where FSDP2's shards cannot be reached."""
+    model = adapt(seeded(Net))
     fully_shard(model, mesh=mesh)
-    x = x.requires_grad_()
-    y = model(x)
-    y.backward(dy)
-    got = [y, x.grad, *(whole(p.grad) for p in model.parameters() if p.requires_grad)]
-    errors = [relative(one, other) for one, other in zip(got, exact, strict=True)]
-    assert max(errors) < FLOAT32, errors
+    model.merge_adapter()
+    try:
+        with model.disable_adapter():
+            model(normal(4, 3, 8, 8))
+    except RuntimeError as error:
+        assert "call unmerge_adapter() on the model" in str(error), error
+    else:
+        raise AssertionError("an unmerge went into gathered weights")
+
+
+def fsdp2_non_finite_vectors(mesh):
+    """All ranks refuse alike, though one shard alone holds the NaN, and nothing has changed."""
+    model = adapt(seeded(Net))
+    with torch.no_grad():
+        model.base_model.model.lin1.hra_u["default"][-1, 0] = float("nan")
+    fully_shard(model, mesh=mesh)
+    before = [whole(p).detach().clone() for p in model.parameters()]
     try:
         model.merge_adapter()
-    except NotImplementedError as error:
-        assert "DTensor" in str(error), error
-    assert not any(layer.merged for layer in model.modules() if hasattr(layer, "merged_adapters"))
+    except ValueError as error:
+        assert "'lin1'" in str(error), error
+    else:
+        raise AssertionError("NaN was merged")
+    after = [whole(p) for p in model.parameters()]
+    assert all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for one, other in zip(after, before, strict=True))
+
+
+def tensor_parallel_merge(mesh):
+    base = nn.Sequential(seeded(lambda: nn.Linear(24, 13)))
+    x = normal(4, 24)
+    exact = adapted(base)(x).detach()
+    for plan in (RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())):
+        merging(adapted(parallelize_module(copy.deepcopy(base), mesh, {"0": plan})), x, exact)
 
 
 CHECKS = [
     column_wise, column_wise_after_sequence_parallel, row_wise, row_wise_one_sample, row_wise_from_dtensor,
-    row_wise_from_replicated, replicated_layer_from_sharded_batch, training, in_16_bits, refused, fsdp2,
+    row_wise_from_replicated, replicated_layer_from_sharded_batch, training, in_16_bits, refused,
+    tensor_parallel_merge, fsdp2, fsdp2_disable_while_merged, fsdp2_non_finite_vectors,
 ]  # fmt: skip
 
 

@@ -282,7 +282,7 @@ def test_mixed_batch():
     model = adapt(seeded(Net), targets=["lin0", "lin1"]).eval()
     x = torch.randn(2, 3, 8, 8)
     y = model(x, adapter_names=["default", "__base__"])
-    assert relative(y[0], model(x)[0]) < 1e-6
+    assert relative(y[0], model(x)[0]) < FLOAT32
     with model.disable_adapter():
         assert torch.equal(y[1], model(x)[1])
 
@@ -362,7 +362,7 @@ def one_process_group(tmp_path):
 
 
 def test_fsdp2(one_process_group):
-    """Forward and backward work; the merge of a sharded weight is refused before anything changes."""
+    """Forward, backward and merge; on two processes: test_peft_distributed.py."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -377,9 +377,10 @@ def test_fsdp2(one_process_group):
     y.backward(dy)
     sharded = [p.grad.full_tensor() for p in model.parameters() if p.requires_grad]
     assert all(relative(got, expected) < FLOAT32 for got, expected in zip(sharded, grads, strict=True))
-    with pytest.raises(NotImplementedError, match=r"cannot merge into layer '\w+'.*DTensor.*sharded"):
-        model.merge_adapter()
-    assert not any(layer.merged for layer in model.modules() if hasattr(layer, "merged_adapters"))
+    model.merge_adapter()
+    assert relative(model(x), exact) < FLOAT32
+    model.unmerge_adapter()
+    assert relative(model(x), exact) < FLOAT32
 
 
 def test_tensor_parallel_row_wise(one_process_group):
@@ -399,8 +400,8 @@ def test_tensor_parallel_row_wise(one_process_group):
     plain(x).sum().backward()
     grads = [model.base_model.model[0].hra_u["default"].grad for model in (adapted, plain)]
     assert relative(*grads) < FLOAT32
-    with pytest.raises(NotImplementedError, match=r"cannot merge into layer '0'.*DTensor.*sharded"):
-        adapted.merge_adapter()
+    adapted.merge_adapter()
+    assert relative(adapted(x), plain(x)) < FLOAT32
 
 
 def test_torch_export():

@@ -12,7 +12,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = (
     "column_wise", "column_wise_after_sequence_parallel", "row_wise", "row_wise_one_sample", "row_wise_from_dtensor",
-    "row_wise_from_replicated", "replicated_layer_from_sharded_batch", "training", "in_16_bits", "refused", "fsdp2",
+    "row_wise_from_replicated", "replicated_layer_from_sharded_batch", "training", "in_16_bits", "refused",
+    "tensor_parallel_merge", "fsdp2", "fsdp2_disable_while_merged", "fsdp2_non_finite_vectors",
 )  # fmt: skip
 
 

@@ -1,16 +1,19 @@
 """A base layer's weight as merging and exporting see it: floating-point rows (N, ...), whatever the layer stores.
 
 PlainWeight       nn.Linear, convolutions, nn.Embedding; transformers' Conv1D, whose weight is transposed
+ShardedWeight     the same as DTensors, under FSDP2 or tensor parallelism
 QuantisedWeight   what PEFT's quantisation backends can dequantise and requantise: bitsandbytes, HQQ, torchao
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from hra_kernels.peft.sharded import is_sharded
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -84,25 +87,35 @@ def why_not_mergeable(layer: "ReflectionLayer") -> str | None:
                 "through transformers with quantization_config=TorchAoConfig(...)"
             )
         return None
+    if is_sharded(base):
+        return None if weight.dtype in MERGEABLE else f"its base weight is a DTensor of {weight.dtype}"
     if not isinstance(weight, Tensor):
         return f"its base layer is a {type(base).__name__} without a weight tensor (quantised?)"
     if not _is_plain(weight):
-        return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantised or sharded?)"
+        return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantised?)"
     return None
 
 
 def _is_plain(weight: Any) -> bool:
-    # a quantised or sharded weight is another kind of tensor, or one of integers
+    # a quantised weight is another kind of tensor, or one of integers
     return isinstance(weight, Tensor) and type(weight.detach()) is Tensor and weight.dtype in MERGEABLE
 
 
-def readable_weight(layer: "ReflectionLayer") -> "PlainWeight | QuantisedWeight | None":
+def readable_weight(layer: "ReflectionLayer") -> "PlainWeight | ShardedWeight | QuantisedWeight | None":
     """The layer's base weight, or None where it cannot be had as floating-point rows."""
     base = layer.get_base_layer()
     backend = quantisation_of(base, _torchao_configuration_of(layer))
     if backend is not None:
         return QuantisedWeight(layer, backend) if backend.supports_merge else None
+    if is_sharded(base):
+        return ShardedWeight(base)
     return PlainWeight(base) if _is_plain(getattr(base, "weight", None)) else None
+
+
+def whole_vectors(layer: "ReflectionLayer", names: Sequence[str]) -> list[Tensor]:
+    """`hra_u` of these adapters, gathered from all ranks where FSDP2 has sharded it."""
+    us = [layer.hra_u[name] for name in names]
+    return [u.full_tensor() if hasattr(u, "device_mesh") else u for u in us]
 
 
 class PlainWeight:
@@ -132,6 +145,41 @@ class PlainWeight:
     def fingerprint(self) -> tuple:
         """Equal for equal bits; writes through `.data` leave no other trace."""
         return fingerprint(self._weight)
+
+
+class ShardedWeight:
+    """A floating-point `weight` that is a DTensor. Every rank must come here; each gathers the weight of this layer."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._weight = base.weight
+        self._transposed = isinstance(base, Conv1D)
+        self.dtype, self.device = base.weight.dtype, base.weight.device
+
+    def read(self) -> Tensor:
+        """(N, ...), whole."""
+        whole = self._weight.detach().full_tensor()
+        return whole.mT if self._transposed else whole
+
+    def write(self, rows: Tensor) -> None:
+        """rows: (N, ...) of the weight's dtype, the same on every rank."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        mesh, placements = self._weight.device_mesh, self._weight.placements
+        whole = rows.mT.contiguous() if self._transposed else rows
+        whole = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        self.restore(whole.redistribute(placements=placements).to_local())
+
+    def keep(self) -> Tensor:
+        """What `restore` takes to bring the present bits back: a copy of this rank's shard."""
+        return self._weight.detach().to_local().clone()
+
+    def restore(self, kept: Tensor) -> None:
+        """Put back what `keep` gave, in place: FSDP2 holds on to the shard's memory."""
+        self._weight.detach().to_local().copy_(kept)
+
+    def fingerprint(self) -> tuple:
+        """Equal for equal bits, the same on every rank."""
+        return fingerprint(self.read())
 
 
 class QuantisedWeight:

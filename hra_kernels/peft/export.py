@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hra_kernels.ops import chain_factor
-from hra_kernels.peft.base_weight import readable_weight
+from hra_kernels.peft.base_weight import readable_weight, whole_vectors
 from hra_kernels.peft.conv import ConvLayer, runs_own_code
 from hra_kernels.peft.embedding import HRAEmbedding
 from hra_kernels.peft.kinds import HRALinearLike
@@ -56,13 +56,14 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
         )
     if layer.merged:
         raise ValueError(f"{layer.describe()} is merged; call unmerge_adapter() before exporting")
-    for name in names:
-        if not layer.hra_u[name].isfinite().all():
+    us = whole_vectors(layer, names)
+    for name, u in zip(names, us, strict=True):
+        if not u.isfinite().all():
             raise ValueError(f"{layer.describe()}: hra_u of adapter {name!r} must be finite, it holds NaN or infinity")
     _require_same_forward(layer)
     weight = readable_weight(layer)
     dtype = torch.float32 if weight is None else weight.dtype
-    v, t = chain_factor([layer.hra_u[name] for name in names], [layer.hra_apply_GS[name] for name in names], dtype)
+    v, t = chain_factor(us, [layer.hra_apply_GS[name] for name in names], dtype)
     base, is_linear = layer.get_base_layer(), isinstance(layer, HRALinear | HRALinearLike)
     if weight is not None:
         product = weight.read().flatten(1).to(v.device, v.dtype) @ v.mT

@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import reflect_chain
-from hra_kernels.peft import merge, tensor_parallel
+from hra_kernels.peft import merge, sharded
 from hra_kernels.peft.adapter_names import MixedBatch, MixedFactors, check_mixed_batch
 from hra_kernels.peft.offload import loaded
 
 _CASTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class ReflectionLayer(HRALayer):
-    """What the layers of this package share. A subclass supplies `_adapted_forward`, and `_mixed_forward` if it can."""
+class ReflectionLayer(nn.Module, HRALayer):
+    """What the layers of this package share. A subclass supplies `_adapted_forward`, and `_mixed_forward` if it can.
+
+    An nn.Module first, as PEFT's layers are: FSDP2 gives a layer that it wraps another class of the same layout.
+    """
 
     name_in_model: str = ""
     """Where the layer sits in its model, for error messages."""
@@ -149,9 +152,9 @@ class ReflectionLayer(HRALayer):
         return self._mixed_factors.get(self, adapter_names, x)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        sharded = ", whose weight is sharded" if tensor_parallel.is_sharded(self.get_base_layer()) else ""
+        why = ", whose weight is sharded" if sharded.is_sharded(self.get_base_layer()) else ""
         raise NotImplementedError(
-            f"HRA: adapter_names (a batch that mixes adapters) is not supported by {self.describe()}{sharded}; exclude "
+            f"HRA: adapter_names (a batch that mixes adapters) is not supported by {self.describe()}{why}; exclude "
             "it (exclude_modules), or choose adapters with set_adapter() and run one forward for each"
         )
 
@@ -168,7 +171,7 @@ class ReflectionLayer(HRALayer):
 
         Raises:
             ValueError: `hra_u` or the merged weight is not finite; the weight is left as it was.
-            NotImplementedError: the base weight is quantised, sharded or not loaded.
+            NotImplementedError: the base weight is not loaded, or quantised in a format that cannot be written.
         """
         merge.merge(self, adapter_names)
 
@@ -191,14 +194,14 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
         self._factors = FactorCache()
 
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
-        if tensor_parallel.is_sharded(self.get_base_layer()):
-            reflect = partial(tensor_parallel.reflect, layer=self, us=us, apply_gs=apply_gs)
-            return tensor_parallel.call_base(self, reflect, x, *args, **kwargs)
+        if sharded.is_sharded(self.get_base_layer()):
+            reflect = partial(sharded.reflect, layer=self, us=us, apply_gs=apply_gs)
+            return sharded.call_base(self, reflect, x, *args, **kwargs)
         factor = self._factors.get(us, apply_gs, x.dtype)
         return self.base_layer(reflect_chain(x, us, apply_gs, factor, transpose=True), *args, **kwargs)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if tensor_parallel.is_sharded(self.get_base_layer()):
+        if sharded.is_sharded(self.get_base_layer()):
             return ReflectionLayer._mixed_forward(self, x, adapter_names)
         batch = self._mixed_batch(adapter_names, x)
         return self.base_layer(reflect_mixed(x, *batch, transpose=True), *args, **kwargs)

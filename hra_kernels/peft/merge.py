@@ -16,13 +16,22 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from hra_kernels.ops import chain_factor, reflect
-from hra_kernels.peft.base_weight import PlainWeight, QuantisedWeight, readable_weight, row_blocks, why_not_mergeable
+from hra_kernels.peft.base_weight import (
+    PlainWeight,
+    QuantisedWeight,
+    ShardedWeight,
+    readable_weight,
+    row_blocks,
+    whole_vectors,
+    why_not_mergeable,
+)
 from hra_kernels.reference import factor_dtype, join_factors
 
 if TYPE_CHECKING:
     from hra_kernels.peft.layer import ReflectionLayer
 
 Factor = tuple[Tensor, Tensor]
+Weight = PlainWeight | ShardedWeight | QuantisedWeight
 
 _NOT_FINITE = "the base weight is not finite, or the result is out of its dtype's range"
 
@@ -34,6 +43,7 @@ class Merged:
     original: Any | None
     fingerprint: tuple
     factors: list[Factor] = field(default_factory=list)
+    sharded: bool = False
 
 
 def require_mergeable(layer: "ReflectionLayer", names: list[str]) -> None:
@@ -41,7 +51,7 @@ def require_mergeable(layer: "ReflectionLayer", names: list[str]) -> None:
 
     Raises:
         ValueError: an `hra_u` is not finite.
-        NotImplementedError: the base weight is sharded, not loaded, or quantised in a format that cannot be written.
+        NotImplementedError: the base weight is not loaded, or quantised in a format that cannot be written.
     """
     reason = why_not_mergeable(layer)
     if reason:
@@ -50,8 +60,8 @@ def require_mergeable(layer: "ReflectionLayer", names: list[str]) -> None:
             "float16 weights and, with PEFT 0.20 or newer, bitsandbytes, HQQ and torchao layers; run the adapter "
             "unmerged, or merge it into an unquantised copy of the model."
         )
-    for name in names:
-        if not layer.hra_u[name].isfinite().all():
+    for name, u in zip(names, whole_vectors(layer, names), strict=True):
+        if not u.isfinite().all():
             raise ValueError(_broken(layer, name, "its hra_u holds NaN or infinity"))
 
 
@@ -66,9 +76,7 @@ def _broken(layer: "ReflectionLayer", name: str, why: str) -> str:
 def require_finite_result(layer: "ReflectionLayer", names: list[str]) -> None:
     """Raise ValueError where merging these adapters would not give a finite weight. Computes it, and keeps nothing."""
     weight = readable_weight(layer)
-    us = [layer.hra_u[name].to(weight.device) for name in names]
-    factor = chain_factor(us, [layer.hra_apply_GS[name] for name in names], weight.dtype)
-    rows = weight.read()
+    factor, rows = _factor(layer, names, weight), weight.read()
     if not all(_reflected(rows[block], factor, inverse=False).isfinite().all() for block in row_blocks(rows)):
         raise ValueError(_broken(layer, ", ".join(names), _NOT_FINITE))
 
@@ -81,8 +89,7 @@ def merge(layer: "ReflectionLayer", adapter_names: list[str] | None) -> None:
         return
     require_mergeable(layer, names)
     weight = readable_weight(layer)
-    us = [layer.hra_u[name].to(weight.device) for name in names]
-    factor = chain_factor(us, [layer.hra_apply_GS[name] for name in names], weight.dtype)
+    factor = _factor(layer, names, weight)
     before, current = layer._merged, weight.keep()
     original, factors = current, [factor]
     if before is not None:
@@ -99,7 +106,7 @@ def merge(layer: "ReflectionLayer", adapter_names: list[str] | None) -> None:
     except BaseException:
         weight.restore(current)
         raise
-    layer._merged = Merged(original, weight.fingerprint(), factors)
+    layer._merged = Merged(original, weight.fingerprint(), factors, isinstance(weight, ShardedWeight))
     layer.merged_adapters.extend(names)
 
 
@@ -112,6 +119,11 @@ def unmerge(layer: "ReflectionLayer") -> None:
     state = layer._merged
     if state is not None:
         weight = readable_weight(layer)
+        if state.sharded and not isinstance(weight, ShardedWeight):
+            raise RuntimeError(
+                f"HRA: {layer.describe()} was merged while its weight was sharded, and FSDP has gathered it for a "
+                "forward since; call unmerge_adapter() on the model, before disabling or switching adapters"
+            )
         if state.original is not None and state.fingerprint == weight.fingerprint():
             weight.restore(state.original)
         else:
@@ -121,7 +133,12 @@ def unmerge(layer: "ReflectionLayer") -> None:
     layer.merged_adapters.clear()
 
 
-def _moved(factors: list[Factor], weight: PlainWeight | QuantisedWeight) -> list[Factor]:
+def _factor(layer: "ReflectionLayer", names: list[str], weight: Weight) -> Factor:
+    us = [u.to(weight.device) for u in whole_vectors(layer, names)]
+    return chain_factor(us, [layer.hra_apply_GS[name] for name in names], weight.dtype)
+
+
+def _moved(factors: list[Factor], weight: Weight) -> list[Factor]:
     wide = factor_dtype(weight.dtype)
     return [(v.to(weight.device, wide), t.to(weight.device, wide)) for v, t in factors]
 

@@ -19,6 +19,7 @@ from hra_kernels.peft.kinds import HRAQuantisedLinear, layer_class
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.merge import require_finite_result, require_mergeable, shared_parameters
 from hra_kernels.peft.offload import is_offloaded
+from hra_kernels.peft.sharded import give_back_gathered_weights
 from hra_kernels.peft.weighted import add_weighted_adapter
 
 _LAYERS_TAKE_CONFIG = "config" in inspect.signature(PeftHRALinear.__init__).parameters
@@ -140,6 +141,7 @@ class HRAModel(PeftHRAModel):
         super()._check_merge_allowed()
 
     def _check_merge_possible(self, adapter_names: list[str] | None, safe_merge: bool = False) -> None:
+        give_back_gathered_weights(self.model)
         for layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.hra_u and name not in layer.merged_adapters]
@@ -161,7 +163,7 @@ class HRAModel(PeftHRAModel):
 
         Raises:
             ValueError: an `hra_u` or a merged weight is not finite, or a weight is tied to one that is not merged.
-            NotImplementedError: a base weight is quantised in a format that cannot be written, sharded or not loaded.
+            NotImplementedError: a base weight is not loaded, or quantised in a format that cannot be written.
         """
         self._check_merge_possible(adapter_names)
         self._check_merge_allowed()
@@ -180,6 +182,11 @@ class HRAModel(PeftHRAModel):
                         if names:
                             layer.merge(adapter_names=names)
             raise
+
+    def unmerge_adapter(self) -> None:
+        """As PEFT's."""
+        give_back_gathered_weights(self.model)
+        super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,

@@ -1,15 +1,19 @@
-"""HRA over a linear layer whose weight is sharded (a DTensor): PyTorch's ColwiseParallel, RowwiseParallel and the like.
+"""HRA over layers whose weight is sharded over processes (a DTensor): tensor parallelism and FSDP2.
 
-The layer's own hooks bring x into the layout that its weight wants, and only then is it known how x is sharded. So the
-reflections go in as one more hook, behind those. `hra_u` is whole on every rank, and so is its gradient:
+Tensor parallelism (ColwiseParallel, RowwiseParallel and the like). The layer's own hooks bring x into the layout that
+its weight wants, and only then is it known how x is sharded. So the reflections go in as one more hook, behind those.
+`hra_u` is whole on every rank, and so is its gradient:
 
     x replicated                  each rank reflects it, with the compiled kernels
     x sharded along the features  v is sharded alike; p = x vᵀ adds up over the ranks: (M, R) numbers travel, not (M, D)
     x sharded otherwise           each rank reflects its part; the gradient of u adds up over the ranks
 
 The last two are PyTorch's own products on DTensors.
+
+FSDP2 gathers weights and vectors before a forward, which so is like any other; merging wants the shards.
 """
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -64,3 +68,19 @@ def reflect(x: Tensor, layer: "ReflectionLayer", us: list[Tensor], apply_gs: lis
     v = v.redistribute(placements=[Shard(1) if p.is_shard(x.dim() - 1) else Replicate() for p in x.placements])
     y, _ = reference.reflect_fwd(x if x.dim() > 1 else x[None], v, t, True)  # DTensors have no vector times matrix
     return y.reshape(x.shape).redistribute(placements=x.placements)
+
+
+def give_back_gathered_weights(model: nn.Module) -> None:
+    """Have FSDP2 drop the whole weights that it gathered for a forward: what lasts, and can be changed, is the shards.
+
+    FSDP2 keeps those of its root module until the next backward, and the root can be a module around `model`.
+    """
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    inside = set(model.modules())
+    for module in list(_module_state_mapping):
+        if isinstance(module, FSDPModule) and not inside.isdisjoint(module.modules()):
+            module.reshard()
