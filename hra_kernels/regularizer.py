@@ -55,7 +55,9 @@ def model_orthogonality_penalty(model: nn.Module, adapter_name: str | None = Non
         u = getattr(module, "hra_u", None)
         if isinstance(u, nn.ParameterDict):
             names = module.active_adapters if adapter_name is None else [adapter_name]
-            us += [u[name] for name in names if name in u]
+            for name in names:
+                if name in u:  # (D, R), or a chain for each expert, (E, D, R)
+                    us += [u[name]] if u[name].dim() == 2 else u[name].unbind(0)
         elif isinstance(u, Tensor):
             us.append(u)
     if not us:

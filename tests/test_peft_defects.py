@@ -414,13 +414,9 @@ def test_torch_export():
 
 @pytest.mark.parametrize("setting", ["target_parameters", "rank_pattern"])
 def test_settings_hra_does_not_have(setting):
+    """PEFT's configuration; `hra_kernels.peft.HRAConfig` has target_parameters."""
     with pytest.raises(TypeError, match=setting):
         HRAConfig(target_modules=["lin0"], **{setting: {}})
-
-
-@pytest.mark.xfail(strict=True, reason="issue 6: target_parameters", raises=TypeError)
-def test_target_parameters():
-    HRAConfig(target_parameters=["experts.weight"])
 
 
 def test_peft_model_type_is_kept():

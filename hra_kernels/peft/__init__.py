@@ -34,6 +34,7 @@ _require_supported()
 import peft.mapping  # noqa: E402
 import peft.tuners.hra.model  # noqa: E402
 
+from hra_kernels.peft.config import HRAConfig  # noqa: E402
 from hra_kernels.peft.conv import HRAConv1d, HRAConv2d, HRAConv3d  # noqa: E402
 from hra_kernels.peft.embedding import HRAEmbedding  # noqa: E402
 from hra_kernels.peft.export import exact_conversion, export_lora  # noqa: E402
@@ -47,6 +48,7 @@ except ImportError:  # releases before it
 
 __all__ = [
     "SUPPORTED",
+    "HRAConfig",
     "HRAConv1d",
     "HRAConv2d",
     "HRAConv3d",
@@ -64,10 +66,12 @@ _HRA = peft.PeftType.HRA
 _replaced: dict[tuple[int, object], tuple[dict, object, object]] = {}
 
 # Everything that decides which classes PEFT builds. The mapping serves get_peft_model, PeftModel and, through
-# inject_adapter_in_model, transformers and diffusers; the two layer names serve a stock HRAModel that exists already;
-# the last three are where `HRAModel` is exported from. And what `convert_to_lora` does with one layer.
+# inject_adapter_in_model, transformers and diffusers; the configuration is what files are loaded into; the two layer
+# names serve a stock HRAModel that exists already; the last three are where `HRAModel` is exported from. And what
+# `convert_to_lora` does with one layer.
 _REPLACEMENTS = (
     (peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, _HRA, HRAModel),
+    (peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, _HRA, HRAConfig),
     (vars(peft.tuners.hra.model), "HRALinear", HRALinear),
     (vars(peft.tuners.hra.model), "HRAConv2d", HRAConv2d),
     (vars(peft.tuners.hra), "HRAModel", HRAModel),

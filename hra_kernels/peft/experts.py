@@ -96,6 +96,12 @@ class ParamWrapper(ReflectionLayer, OwnSetup, nn.Module):
 
     # --- forward
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module with the active adapters' reflections in this parameter; the arguments are the module's own."""
+        if kwargs.get("adapter_names") is not None:  # what comes here are tokens, not samples
+            return self._mixed_forward(x, kwargs["adapter_names"])
+        return super().forward(x, *args, **kwargs)
+
     def _cast_for_base(self, x: Tensor) -> Tensor:
         return x
 

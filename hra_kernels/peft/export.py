@@ -22,6 +22,7 @@ from hra_kernels.ops import chain_factor
 from hra_kernels.peft.base_weight import readable_weight, whole_vectors
 from hra_kernels.peft.conv import ConvLayer, runs_own_code
 from hra_kernels.peft.embedding import HRAEmbedding
+from hra_kernels.peft.experts import ParamWrapper
 from hra_kernels.peft.kinds import HRALinearLike
 from hra_kernels.peft.layer import HRALinear, ReflectionLayer
 
@@ -82,7 +83,9 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
 def _require_same_forward(layer: ReflectionLayer) -> None:
     """Raise where PEFT's LoRA layer, given the right A and B, would not compute what ours does."""
     base, lacks = layer.get_base_layer(), None
-    if isinstance(layer, ConvLayer):
+    if isinstance(layer, ParamWrapper):
+        lacks = "for target_parameters has another layout"
+    elif isinstance(layer, ConvLayer):
         if runs_own_code(base):
             lacks = "knows nothing of the base layer's own forward or hooks"
         elif base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from hra_kernels.factor_cache import optimizer_steps, refill
 from hra_kernels.peft.adapter_names import accept_adapter_names
 from hra_kernels.peft.base_weight import torchao_configuration
+from hra_kernels.peft.experts import ParamWrapper
 from hra_kernels.peft.kinds import HRAQuantisedLinear, layer_class
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.merge import require_finite_result, require_mergeable, shared_parameters
@@ -50,6 +51,11 @@ class HRAModel(PeftHRAModel):
                 f"HRA cannot adapt {current_key!r}: nn.MultiheadAttention uses the weight of its {target_name} without "
                 f"calling it, so an adapter there would have no effect. Exclude it: exclude_modules=[{current_key!r}]."
             )
+        parameter_name = optional_kwargs.get("parameter_name")
+        if parameter_name is not None:
+            layer = self._wrap_parameter(hra_config, adapter_name, target, target_name, parent, parameter_name)
+            layer.name_in_model = current_key
+            return
         super()._create_and_replace(
             hra_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
         )
@@ -58,6 +64,38 @@ class HRAModel(PeftHRAModel):
             layer.name_in_model = current_key
         if isinstance(layer, HRAQuantisedLinear):
             layer.torchao_configuration = torchao_configuration(self.model)
+
+    def _wrap_parameter(
+        self,
+        hra_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        parameter_name: str,
+    ) -> ParamWrapper:
+        """target: the module with the parameter, or the parameter's wrapper, or the wrapper of another parameter."""
+        settings = {"r": hra_config.r, "config": hra_config}
+        if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+            target.update_layer(adapter_name, **settings)
+            return target
+        layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, **settings)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+        return layer
+
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """As PEFT's. Where wrappers of parameters are nested is part of the names in a file, for all adapters alike."""
+        super()._check_new_adapter_config(config)
+        wanted = set(getattr(config, "target_parameters", None) or ())
+        for name, other in self.peft_config.items():
+            present = set(getattr(other, "target_parameters", None) or ())
+            if other is not config and wanted and present and wanted != present:
+                raise ValueError(
+                    "HRA: all adapters with target_parameters must have the same; the new one has "
+                    f"{sorted(wanted)}, adapter {name!r} has {sorted(present)}"
+                )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """As PEFT's, which assigns `weight` even where a base layer comes back; quantised ones may have none."""
@@ -84,7 +122,9 @@ class HRAModel(PeftHRAModel):
         if torch.compiler.is_compiling() or self._refilled_after == optimizer_steps():
             return
         self._refilled_after = optimizer_steps()
-        layers = [layer for layer in self._layers() if not is_offloaded(layer.hra_u)]
+        layers = [
+            layer for layer in self._layers() if not (isinstance(layer, ParamWrapper) or is_offloaded(layer.hra_u))
+        ]
         names = [layer._adapters_to_apply() for layer in layers]
         refill(
             (layer._factors, [layer.hra_u[name] for name in active], [layer.hra_apply_GS[name] for name in active])
@@ -126,12 +166,15 @@ class HRAModel(PeftHRAModel):
         """
         if settings:
             raise ValueError(f"add_weighted_adapter: HRA has no use for {', '.join(settings)}; see combination_type")
+        if any(isinstance(layer, ParamWrapper) for layer in self._layers()):
+            raise NotImplementedError("add_weighted_adapter: not supported with target_parameters")
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def _check_merge_allowed(self) -> None:
         shared = shared_parameters(self.model)
         for layer in self._layers():
-            names = shared.get(id(getattr(layer.get_base_layer(), "weight", None)))
+            parameter_name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+            names = shared.get(id(getattr(layer.get_base_layer(), parameter_name, None)))
             if names:
                 raise ValueError(
                     f"HRA cannot merge into {layer.describe()}: its weight is shared (tied) by {', '.join(names)}, "
@@ -145,7 +188,9 @@ class HRAModel(PeftHRAModel):
         for layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.hra_u and name not in layer.merged_adapters]
-            if names and not is_offloaded(layer.get_base_layer()):  # PEFT loads an offloaded one around its merge
+            if names and isinstance(layer, ParamWrapper):
+                layer.require_mergeable(names)
+            elif names and not is_offloaded(layer.get_base_layer()):  # PEFT loads an offloaded one around its merge
                 require_mergeable(layer, names)
                 if safe_merge:
                     require_finite_result(layer, names)
