@@ -17,6 +17,7 @@ from tests.quantised_layers import (
     FORMATS,
     IN,
     MERGEABLE,
+    OUT,
     alone,
     base_linear,
     build,
@@ -93,6 +94,28 @@ def test_training_after_inference(name):
     layer.train()
     after = torch.autograd.grad(layer(x).square().sum(), layer.hra_u["default"])[0]
     assert relative(after, before) < (0.02 if "nf4" in name or "fp4" in name else 1e-6)  # scales of 16 bits by then
+
+
+@each_format
+def test_mixed_batch(name):
+    """Each sample with its adapter or with none, bit for bit; with a gradient, also after inference."""
+    _, model, layer = build(name)
+    model.add_adapter("b", HRAConfig(r=3, init_weights=False, target_modules=["0"]))
+    layer.eval()
+    x, names = inputs(4, 5), ["b", "__base__", "default", "b"]
+    with torch.no_grad():
+        y = layer(x, adapter_names=names)
+        assert torch.equal(y[1], layer.base_layer(x)[1])
+        singles = {}
+        for adapter in ("b", "default"):
+            layer.set_adapter(adapter)
+            singles[adapter] = layer(x)
+    assert relative(y[2], singles["default"][2]) < 0.02 and relative(y[[0, 3]], singles["b"][[0, 3]]) < 0.02
+    assert relative(y[[0, 3]], singles["default"][[0, 3]]) > 0.1
+    dy = torch.randn(4, 5, OUT)
+    (got,) = torch.autograd.grad(layer(x, adapter_names=names), layer.hra_u["default"], dy)
+    (expected,) = torch.autograd.grad(layer(x[2]), layer.hra_u["default"], dy[2])
+    assert relative(got, expected) < 0.02
 
 
 CASTS = {name: FORMATS[name] for name in FORMATS if name.startswith(("bitsandbytes", "GPTQ"))}

@@ -34,11 +34,11 @@ class HRAQuantisedLinear(HRALinearLike):
         # torchao's weights have the dtype of the inputs they want; the others' dtype is that of their storage
         return super()._cast_for_base(x) if is_torchao(self.get_base_layer()) else x
 
-    def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
-        trains = torch.is_grad_enabled() and (x.requires_grad or any(u.requires_grad for u in us))
+    def _cast_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        trains = torch.is_grad_enabled() and (x.requires_grad or any(self.hra_u[name].requires_grad for name in names))
         if trains:
             unpack_for_cpu(self.get_base_layer())
-        y = super()._adapted_forward(x, us, apply_gs, *args, **kwargs)
+        y = super()._cast_forward(x, names, *args, **kwargs)
         if trains and not y.requires_grad:
             raise NotImplementedError(
                 f"HRA cannot train {self.describe()}: the forward of its quantised base layer has no gradient with "
