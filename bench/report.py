@@ -170,6 +170,11 @@ def _numerics_block(runs: list[dict]) -> str:
 BLOCKS = {"layer": _layer_block, "model": _model_block, "op": _op_block, "numerics": _numerics_block}
 
 
+def _plots(folder: Path, level: str) -> list[str]:
+    root = folder.parent.parent.parent
+    return [f"![{plot.stem}]({plot.relative_to(root)})" for plot in sorted(folder.glob(f"{level}*.svg"))]
+
+
 def results_section(results: Path, source: Callable[[dict], str]) -> str:
     """README's results: for every machine its tables and plots."""
     parts = []
@@ -186,11 +191,13 @@ def results_section(results: Path, source: Callable[[dict], str]) -> str:
         ]
         busy = f" Rounds that other processes disturbed: {'; '.join(busy)}." if busy else ""
         parts.append(f"### {folder.name}\n\nMeasured on {'; '.join(sources)}.{busy}")
+        for page in sorted(folder.glob("*.md")):  # the summary that a training job writes
+            parts.append(f"`hra-kernels {page.stem.replace('-', ' ')}`: {page.read_text().strip()}")
+            parts += _plots(folder, page.stem)
         for level in ("layer", "op", "model", "scaling", "numerics"):
             if level in files and level in BLOCKS:
                 parts.append(BLOCKS[level](files[level]))
-            for plot in sorted(folder.glob(f"{level}*.svg")):
-                parts.append(f"![{plot.stem}]({plot.relative_to(results.parent.parent)})")
+            parts += _plots(folder, level)
     return "\n\n".join(parts) or "No results yet."
 
 
