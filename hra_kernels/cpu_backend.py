@@ -3,13 +3,15 @@
 Rows of x, dy and u may be apart by any stride; the factor's small tensors are made contiguous here.
 """
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
 from hra_kernels import reference
 
 try:
-    from hra_kernels import _native
+    _native = import_module("hra_kernels._native")
 except ImportError as error:
     _native = None
     _import_error = " ".join(str(error).split())

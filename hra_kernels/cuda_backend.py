@@ -5,13 +5,14 @@ name (`HRA_BACKEND=cuda` or `use_backend("cuda")`). `hra_kernels.reference` is t
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 try:
-    from hra_kernels import _cuda
+    _cuda = import_module("hra_kernels._cuda")
 except ImportError as error:
     _cuda = None
     _import_error = " ".join(str(error).split())

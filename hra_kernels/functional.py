@@ -30,7 +30,7 @@ def _chains(op: str, u: Tensor | Sequence[Tensor], apply_gs: bool | Sequence[boo
     return us, flags
 
 
-def _autocast(x: Tensor) -> Tensor:
+def in_autocast_dtype(x: Tensor) -> Tensor:
     """x as the matrix product that follows will see it, so that the reflections move no more bytes than it does."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
@@ -78,7 +78,7 @@ def hra_linear(
     """
     _check_matrix("hra_linear", x, w)
     us, flags = _chains("hra_linear", u, apply_gs, w.shape[1])
-    return F.linear(reflect_chain(_autocast(x), us, flags, factor, transpose=True), w, bias)
+    return F.linear(reflect_chain(in_autocast_dtype(x), us, flags, factor, transpose=True), w, bias)
 
 
 def hra_weight(
@@ -128,7 +128,7 @@ def conv_correction(
     v, t = factor
     filters = v.reshape(-1, *w.shape[1:])
     back = -(w.flatten(1).to(v.dtype) @ v.mT @ t)
-    x = _autocast(x)
+    x = in_autocast_dtype(x)
     filters, back = filters.to(x.dtype), back.to(x.dtype)
     p = _conv(x, filters, None, stride, padding, dilation, padding_mode)
     return _CONV[w.dim() - 2](p, back.reshape(*back.shape, *[1] * (w.dim() - 2)))
@@ -140,12 +140,12 @@ def _each(value: Geometry, dimensions: int) -> tuple[int, ...]:
 
 def _conv(x, w, bias, stride, padding, dilation, padding_mode, groups=1):
     if padding_mode != "zeros":
-        x = F.pad(x, _explicit_padding(w, padding, dilation), mode=padding_mode)
+        x = F.pad(x, explicit_padding(w, padding, dilation), mode=padding_mode)
         padding = 0
     return _CONV[w.dim() - 2](x, w, bias, stride, padding, dilation, groups)
 
 
-def _explicit_padding(w: Tensor, padding: str | Geometry, dilation: Geometry) -> list[int]:
+def explicit_padding(w: Tensor, padding: str | Geometry, dilation: Geometry) -> list[int]:
     """[left, right, top, bottom, ...], as `nn.Conv2d` pads for the modes that `F.conv2d` does not know."""
     dimensions = w.dim() - 2
     if padding == "valid":

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hra_kernels import reference
-from hra_kernels.functional import _autocast, _explicit_padding
-from hra_kernels.ops import _check_dtype, _differentiable_backward, _wants_graph, wants_plain_ops
+from hra_kernels.functional import explicit_padding, in_autocast_dtype
+from hra_kernels.ops import check_dtype, differentiable_backward, wants_graph, wants_plain_ops
 from hra_kernels.reference import factor_dtype
 
 _BLOCK = 2**22
@@ -53,9 +53,9 @@ class _ReflectMixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, v, t, p, chains, samples = ctx.saved_tensors
-        if _wants_graph():
+        if wants_graph():
             plain = lambda x, v, t: (reference.reflect_mixed(x, v, t, chains, samples, ctx.transpose),)  # noqa: E731
-            return *_differentiable_backward(plain, (x, v, t), ctx.needs_input_grad[:3], (dy,)), None, None, None
+            return *differentiable_backward(plain, (x, v, t), ctx.needs_input_grad[:3], (dy,)), None, None, None
         dx = torch.empty_like(dy) if samples is None else dy.clone()
         dv, dt = torch.zeros_like(v), torch.zeros_like(t)
         for some, rows in _blocks(len(chains), x.shape[1], x.shape[2], v.shape[1]):
@@ -70,7 +70,7 @@ class _ReflectMixed(torch.autograd.Function):
 
 
 def _check(x: Tensor, v: Tensor, t: Tensor, chains: Tensor, samples: Tensor | None) -> None:
-    _check_dtype("reflect_mixed", "x", x)
+    check_dtype("reflect_mixed", "x", x)
     if x.dim() < 2:
         raise ValueError(f"reflect_mixed: x must be (B, ..., D), one sample an entry, got shape {tuple(x.shape)}")
     if v.dim() != 3 or v.shape[2] != x.shape[-1]:
@@ -141,9 +141,9 @@ def conv_correction_mixed(
     Returns:
         (S, N, ...). The samples become the groups of one convolution, each with its own R filters.
     """
-    x = _autocast(x)
+    x = in_autocast_dtype(x)
     if padding_mode != "zeros":
-        x = F.pad(x, _explicit_padding(w, padding, dilation), mode=padding_mode)
+        x = F.pad(x, explicit_padding(w, padding, dilation), mode=padding_mode)
         padding = 0
     filters = v[chains].reshape(-1, *w.shape[1:]).to(x.dtype)
     back = (-(w.flatten(1).to(v.dtype) @ v.mT @ t)).to(x.dtype)[chains]

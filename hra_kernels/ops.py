@@ -93,20 +93,20 @@ def _backend(device: torch.device, dtype: torch.dtype, rank: int):
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_dtype(op: str, name: str, tensor: Tensor) -> None:
+def check_dtype(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _FLOATING:
         allowed = "float32, float64, bfloat16 or float16"
         raise TypeError(f"{op}: {name} must be {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def _check_u(op: str, u: Tensor) -> None:
-    _check_dtype(op, "u", u)
+    check_dtype(op, "u", u)
     if u.dim() != 2:
         raise ValueError(f"{op}: u must be (D, R), got shape {tuple(u.shape)}")
 
 
 def _check_reflect(op: str, x: Tensor, v: Tensor, t: Tensor) -> None:
-    _check_dtype(op, "x", x)
+    check_dtype(op, "x", x)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, (..., D), got a scalar")
     if v.dim() != 2 or v.shape[1] != x.shape[-1]:
@@ -180,7 +180,7 @@ def wants_plain_ops() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _differentiable_backward(
+def differentiable_backward(
     function: Callable, inputs: Sequence[Tensor], needed: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients of `function(*inputs)` as a differentiable graph, for double backward."""
@@ -205,7 +205,7 @@ def _wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and not torch.jit.is_tracing() and any(t.requires_grad for t in tensors)
 
 
-def _wants_graph() -> bool:
+def wants_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -229,13 +229,13 @@ class _Reflect(torch.autograd.Function):
         v, t, *x_and_p = ctx.saved_tensors
         need_dx, need_dv, need_dt, _ = ctx.needs_input_grad
         if not x_and_p:
-            if _wants_graph():
+            if wants_graph():
                 return reflect(dy, v, t, not ctx.transpose), None, None, None
             return torch.ops.hra.reflect_dx(_rows(dy), v, t, ctx.transpose), None, None, None
         x, p = x_and_p
-        if _wants_graph():
+        if wants_graph():
             plain = lambda x, v, t: reference.reflect_fwd(x, v, t, ctx.transpose)[:1]  # noqa: E731
-            return *_differentiable_backward(plain, (x, v, t), ctx.needs_input_grad[:3], (dy,)), None
+            return *differentiable_backward(plain, (x, v, t), ctx.needs_input_grad[:3], (dy,)), None
         dy = _rows(dy)
         dx, dv, dt = torch.ops.hra.reflect_bwd(dy, x, v, t, p, ctx.transpose)
         return dx if need_dx else None, dv if need_dv else None, dt if need_dt else None, None
@@ -254,9 +254,9 @@ class _Factor(torch.autograd.Function):
     def backward(ctx, dv, dt):
         v, t, *us = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
-        if _wants_graph():
+        if wants_graph():
             plain = lambda *us: reference.chain_factor(us, ctx.apply_gs)  # noqa: E731
-            return None, None, None, *_differentiable_backward(plain, us, needed, (dv, dt))
+            return None, None, None, *differentiable_backward(plain, us, needed, (dv, dt))
         widths = [u.shape[1] for u in us]
         factors, grads = [(v, t)], [(dv, dt)]
         if len(us) > 1:
