@@ -2,10 +2,12 @@
 
     python -m tests.cuda_machine_code       prints one line for each kernel and architecture, and each launch's memory
 
-The module is built with nvcc into build/cuda-strict, where a spill or local memory is an error; it is kept there.
-Shared memory is chosen at launch, so it is read from launches on the emulation.
+Read from the installed module, the one that ships. Where that has none it is built into build/cuda-strict, where a
+spill or local memory is an error, and kept there. Shared memory is chosen at launch, so it is read from launches on the
+emulation.
 """
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -50,10 +52,10 @@ class Kernel:
 
 def why_unavailable() -> str | None:
     """None, or why the kernels cannot be compiled or read here."""
-    if shutil.which("nvcc") is None:
-        return "nvcc is not on the path"
-    if shutil.which("cmake") is None:
-        return "cmake is not on the path"
+    if _installed() is None:
+        for tool in ("nvcc", "cmake"):
+            if shutil.which(tool) is None:
+                return f"{tool} is not on the path"
     return None if _tool("cuobjdump") else "there is no cuobjdump, neither on the path nor in Triton's wheel"
 
 
@@ -69,8 +71,15 @@ def _tool(name: str) -> str | None:
     return found
 
 
-def build() -> Path:
-    """The path of `_cuda`, built strictly."""
+def _installed() -> Path | None:
+    found = importlib.util.find_spec("hra_kernels._cuda")
+    return Path(found.origin) if found else None
+
+
+def compiled_module() -> Path:
+    """The path of `_cuda`: the installed one, or one built strictly."""
+    if _installed():
+        return _installed()
     import pybind11
 
     folder = emulation.ROOT / "build" / "cuda-strict"
@@ -83,8 +92,8 @@ def build() -> Path:
     ]
     emulation.run(["cmake", "-S", str(emulation.ROOT / "csrc"), "-B", str(folder), *options])
     emulation.run(["cmake", "--build", str(folder), "--target", "_cuda", "--parallel", "2"])
-    (module,) = folder.glob("_cuda*.so")
-    return module
+    (built,) = folder.glob("_cuda*.so")
+    return built
 
 
 def _short(mangled: str) -> str:
@@ -136,7 +145,7 @@ def main() -> None:
     reason = why_unavailable()
     if reason:
         sys.exit(f"the CUDA kernels cannot be compiled here: {reason}")
-    for kernel in kernels(build()):
+    for kernel in kernels(compiled_module()):
         print(kernel)
     for op in ("forward", "backward"):
         for capability in SHARED_LIMIT:

@@ -14,7 +14,7 @@ def kernels():
     reason = cuda_machine_code.why_unavailable()
     if reason:
         pytest.skip(f"the CUDA kernels are not compiled: {reason}")
-    found = cuda_machine_code.kernels(cuda_machine_code.build())
+    found = cuda_machine_code.kernels(cuda_machine_code.compiled_module())
     print()
     for kernel in found:
         print(kernel)
