@@ -130,7 +130,7 @@ def conv_correction(
     back = -(w.flatten(1).to(v.dtype) @ v.mT @ t)
     x = in_autocast_dtype(x)
     filters, back = filters.to(x.dtype), back.to(x.dtype)
-    p = _conv(x, filters, None, stride, padding, dilation, padding_mode)
+    p = conv(x, filters, None, stride, padding, dilation, padding_mode)
     return _CONV[w.dim() - 2](p, back.reshape(*back.shape, *[1] * (w.dim() - 2)))
 
 
@@ -138,14 +138,24 @@ def _each(value: Geometry, dimensions: int) -> tuple[int, ...]:
     return (value,) * dimensions if isinstance(value, int) else tuple(value)
 
 
-def _conv(x, w, bias, stride, padding, dilation, padding_mode, groups=1):
+def conv(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Geometry,
+    padding: str | Geometry,
+    dilation: Geometry,
+    padding_mode: str,
+    groups: int = 1,
+) -> Tensor:
+    """The convolution of w's number of spatial dimensions, in any of `nn.Conv2d`'s padding modes."""
     if padding_mode != "zeros":
-        x = F.pad(x, explicit_padding(w, padding, dilation), mode=padding_mode)
+        x = F.pad(x, _explicit_padding(w, padding, dilation), mode=padding_mode)
         padding = 0
     return _CONV[w.dim() - 2](x, w, bias, stride, padding, dilation, groups)
 
 
-def explicit_padding(w: Tensor, padding: str | Geometry, dilation: Geometry) -> list[int]:
+def _explicit_padding(w: Tensor, padding: str | Geometry, dilation: Geometry) -> list[int]:
     """[left, right, top, bottom, ...], as `nn.Conv2d` pads for the modes that `F.conv2d` does not know."""
     dimensions = w.dim() - 2
     if padding == "valid":
@@ -201,4 +211,4 @@ def hra_conv2d(
     us = in_factor_dtype(us, w.dtype)
     geometry = (stride, padding, dilation, padding_mode)
     correction = conv_correction(x, w, attach_factor(us, flags, factor), *geometry)
-    return _conv(x, w, bias, *geometry) + correction
+    return conv(x, w, bias, *geometry) + correction

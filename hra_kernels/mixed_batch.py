@@ -15,18 +15,15 @@ import math
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hra_kernels import reference
-from hra_kernels.functional import explicit_padding, in_autocast_dtype
+from hra_kernels.functional import conv, in_autocast_dtype
 from hra_kernels.ops import check_dtype, differentiable_backward, wants_graph, wants_plain_ops
 from hra_kernels.reference import factor_dtype
 
 _BLOCK = 2**22
 """Elements of x, or of gathered v, in one block: 16 MiB of float32."""
-
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def _blocks(samples: int, length: int, width: int, rank: int) -> Iterator[tuple[slice, slice]]:
@@ -142,11 +139,9 @@ def conv_correction_mixed(
         (S, N, ...). The samples become the groups of one convolution, each with its own R filters.
     """
     x = in_autocast_dtype(x)
-    if padding_mode != "zeros":
-        x = F.pad(x, explicit_padding(w, padding, dilation), mode=padding_mode)
-        padding = 0
     filters = v[chains].reshape(-1, *w.shape[1:]).to(x.dtype)
     back = (-(w.flatten(1).to(v.dtype) @ v.mT @ t)).to(x.dtype)[chains]
-    p = _CONV[w.dim()](x.reshape(1, -1, *x.shape[2:]), filters, None, stride, padding, dilation, len(x))
+    grouped = x.reshape(1, -1, *x.shape[2:])
+    p = conv(grouped, filters, None, stride, padding, dilation, padding_mode, groups=len(x))
     p = p.reshape(len(x), v.shape[1], *p.shape[2:])
     return (back @ p.flatten(2)).reshape(len(x), -1, *p.shape[2:])

@@ -147,13 +147,8 @@ class PlainWeight:
         return fingerprint(self._weight)
 
 
-class ShardedWeight:
-    """A floating-point `weight` that is a DTensor. Every rank must come here; each gathers the weight of this layer."""
-
-    def __init__(self, base: nn.Module) -> None:
-        self._weight = base.weight
-        self._transposed = isinstance(base, Conv1D)
-        self.dtype, self.device = base.weight.dtype, base.weight.device
+class ShardedWeight(PlainWeight):
+    """`PlainWeight` as a DTensor. Every rank must come here; each gathers the weight of this layer."""
 
     def read(self) -> Tensor:
         """(N, ...), whole."""

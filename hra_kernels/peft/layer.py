@@ -143,6 +143,7 @@ class ReflectionLayer(nn.Module, HRALayer):
         return self._cast_input_dtype(x, weight.dtype) if getattr(weight, "dtype", None) in _CASTABLE else x
 
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer with the chains along `us` in its weight; what a subclass is there for."""
         raise NotImplementedError
 
     def _mixed_batch(self, adapter_names: list[str], x: Tensor) -> MixedBatch:

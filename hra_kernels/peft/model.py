@@ -28,7 +28,7 @@ _LAYERS_TAKE_CONFIG = "config" in inspect.signature(PeftHRALinear.__init__).para
 
 
 class HRAModel(PeftHRAModel):
-    """PEFT's `HRAModel` with this package's `HRALinear` and `HRAConv2d`; same arguments, attributes and checkpoints.
+    """PEFT's `HRAModel` with this package's layers (`kinds.layer_class`); same arguments, attributes and checkpoints.
 
     A merge of several layers is checked before the first weight changes.
     """
