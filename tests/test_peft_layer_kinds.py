@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_kernels.peft
 from hra_kernels.peft.export import export_lora, lora_factors, lora_state, truncated_factors
-from tests.peft_models import adapt, layer_of, relative, seeded
+from tests.peft_models import adapt, explicit_q, layer_of, relative, seeded
 
 FLOAT32 = 1e-5
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
@@ -75,26 +75,13 @@ KINDS = {
 PLAIN = ("Conv1D", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 
 
-def explicit(u, apply_gs):
-    """Q by the explicit chain, with autograd."""
-    columns = []
-    for column in u.unbind(1):
-        if apply_gs:
-            column = column - sum((other @ column) * other for other in columns)
-        columns.append(column / column.norm())
-    q = torch.eye(len(u), dtype=u.dtype)
-    for column in columns:
-        q = q - 2 * torch.outer(q @ column, column)
-    return q
-
-
 def dense(base, x, u, apply_gs=False):
     """The layer with W Q as its weight, in float64, differentiable in x and u."""
     weight = base.weight.detach().double()
     if isinstance(base, Conv1D):
-        merged = (weight.T @ explicit(u, apply_gs)).T
+        merged = (weight.T @ explicit_q(u, apply_gs)).T
     else:
-        merged = (weight.flatten(1) @ explicit(u, apply_gs)).reshape(weight.shape)
+        merged = (weight.flatten(1) @ explicit_q(u, apply_gs)).reshape(weight.shape)
     others = {name: p.detach().double() for name, p in base.named_parameters() if name != "weight"}
     return functional_call(base, {"weight": merged, **others}, (x,)), merged
 

@@ -14,7 +14,7 @@ import hra_kernels.peft
 from hra_kernels.peft import HRAConfig
 from hra_kernels.peft.experts import ParamWrapper
 from hra_kernels.regularizer import model_orthogonality_penalty, orthogonality_penalty
-from tests.peft_models import relative, seeded
+from tests.peft_models import explicit_q, relative, seeded
 
 FLOAT32 = 1e-5
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -62,18 +62,6 @@ def wrappers(model):
     return {module.parameter_name: module for module in model.modules() if isinstance(module, ParamWrapper)}
 
 
-def explicit(u, apply_gs=False):
-    columns = []
-    for column in u.unbind(1):
-        if apply_gs:
-            column = column - sum((other @ column) * other for other in columns)
-        columns.append(column / column.norm())
-    q = torch.eye(len(u), dtype=u.dtype)
-    for column in columns:
-        q = q - 2 * torch.outer(q @ column, column)
-    return q
-
-
 def dense(base, us, apply_gs=False):
     """{parameter: W_e Q_e of every expert} in float64, differentiable in us {name: [(E, D, r), ...]}."""
     merged = {}
@@ -81,7 +69,7 @@ def dense(base, us, apply_gs=False):
         weight = getattr(base.experts, name).detach().double()
         rows = weight.mT if base.experts.is_transposed else weight
         for u in chains:
-            rows = torch.stack([one @ explicit(vectors, apply_gs) for one, vectors in zip(rows, u, strict=True)])
+            rows = torch.stack([one @ explicit_q(vectors, apply_gs) for one, vectors in zip(rows, u, strict=True)])
         merged[f"experts.{name}"] = rows.mT if base.experts.is_transposed else rows
     return merged
 
