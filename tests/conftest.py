@@ -48,6 +48,10 @@ def on_backend(backend):
 
 
 @pytest.fixture
-def device():
-    """Where the shared tests put their tensors."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(request):
+    """Where a test puts its tensors: the GPU, if there is one and the test's backend (if it has one) serves it."""
+    gpu = torch.device("cuda")
+    name = request.getfixturevalue("backend") if "backend" in request.fixturenames else "reference"
+    if torch.cuda.is_available() and ops.BACKENDS[name].why_unsupported(gpu, torch.float32, 8) is None:
+        return gpu
+    return torch.device("cpu")

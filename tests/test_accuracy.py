@@ -23,10 +23,10 @@ def chain_results(x, u, dy, case):
     return {"y": y.detach(), "dx": x.grad, "du": u.grad}
 
 
-def skip_unsupported(backend, dtype, case):
-    if backend in SLOW_BACKENDS and not torch.cuda.is_available() and case in CASES and case not in SMALL_CASES:
+def skip_unsupported(backend, device, dtype, case):
+    if backend in SLOW_BACKENDS and device.type == "cpu" and case in CASES and case not in SMALL_CASES:
         pytest.skip(f"{backend} is interpreted here, and this case is large")
-    reason = ops.BACKENDS[backend].why_unsupported(torch.device("cpu"), dtype, case.R)
+    reason = ops.BACKENDS[backend].why_unsupported(device, dtype, case.R)
     if reason:
         pytest.skip(reason)
 
@@ -34,7 +34,7 @@ def skip_unsupported(backend, dtype, case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_chain(on_backend, case, dtype, device):
-    skip_unsupported(on_backend, dtype, case)
+    skip_unsupported(on_backend, device, dtype, case)
     x, u, dy = make_inputs(case, dtype)
     exact = explicit(x, u, dy, case)
     naive = naive_chain(x, u, dy, case, dtype)
@@ -48,7 +48,7 @@ def test_chain(on_backend, case, dtype, device):
 def test_reflect_alone(on_backend, shape, transpose, dtype, device):
     """reflect's own gradients, for v and t that are no chain's factor."""
     M, D, R = shape
-    skip_unsupported(on_backend, dtype, Case(M, D, R))
+    skip_unsupported(on_backend, device, dtype, Case(M, D, R))
     generator = torch.Generator().manual_seed(0)
     wide = reference.factor_dtype(dtype)
     x, dy = (torch.randn(M, D, generator=generator).to(dtype) for _ in range(2))
@@ -75,7 +75,7 @@ def test_reflect_alone(on_backend, shape, transpose, dtype, device):
 @pytest.mark.parametrize("chains", [1, 2])
 def test_identity_at_initialisation_is_exact(on_backend, chains, dtype, device):
     """Pairs of equal columns: bit for bit the identity, also where x is zero or far smaller than its neighbours."""
-    skip_unsupported(on_backend, dtype, Case(64, 96, 8))
+    skip_unsupported(on_backend, device, dtype, Case(64, 96, 8))
     generator = torch.Generator().manual_seed(0)
     us = [
         torch.randn(96, 4, generator=generator, dtype=reference.factor_dtype(dtype)).repeat_interleave(2, 1)
@@ -95,7 +95,7 @@ def test_what_one_step_learns_is_applied(on_backend, dtype, device):
 
     Every second feature of x is zero, so that there y is the update itself and not lost in the rounding of x + update.
     """
-    skip_unsupported(on_backend, dtype, Case(256, 264, 8))
+    skip_unsupported(on_backend, device, dtype, Case(256, 264, 8))
     generator = torch.Generator().manual_seed(0)
     u = make_u(264, 8, "paired_step", generator)
     v, t = reference.wy_factor(u.double())

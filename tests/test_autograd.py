@@ -10,8 +10,15 @@ from hra_kernels import hra_linear, ops, reflect, reflect_chain, wy_factor
 FLAGS = [(False,), (True,), (False, True)]
 
 
+@pytest.fixture(autouse=True)
+def on_device(device):
+    """Tensors that name no device are made on the one under test."""
+    with device:
+        yield
+
+
 def leaves(flags, D=10, R=3, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     x = torch.randn(4, D, dtype=dtype, generator=generator, requires_grad=True)
     us = [torch.randn(D, R - i, dtype=dtype, generator=generator, requires_grad=True) for i in range(len(flags))]
     return x, us
@@ -23,8 +30,8 @@ def chain(flags, transpose=True):
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
 @pytest.mark.parametrize("transpose", [False, True])
-def test_gradcheck_and_gradgradcheck(on_backend, flags, transpose):
-    if ops.BACKENDS[on_backend].why_unsupported(torch.device("cpu"), torch.float64, 3):
+def test_gradcheck_and_gradgradcheck(on_backend, device, flags, transpose):
+    if ops.BACKENDS[on_backend].why_unsupported(device, torch.float64, 3):
         pytest.skip(f"{on_backend} leaves float64 to the reference")
     x, us = leaves(flags)
     assert torch.autograd.gradcheck(chain(flags, transpose), (x, *us))
@@ -200,9 +207,9 @@ def test_checkpoint(use_reentrant):
     torch.testing.assert_close((x.grad, u.grad), plain)
 
 
-def test_autocast_casts_as_the_linear_layer_would():
+def test_autocast_casts_as_the_linear_layer_would(device):
     x, w, u = torch.randn(6, 32), torch.randn(24, 32), torch.randn(32, 8, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         y = hra_linear(x, w, u)
         direct = torch.nn.functional.linear(reflect_chain(x.bfloat16(), [u], [False], transpose=True), w)
     assert y.dtype == torch.bfloat16 and torch.equal(y, direct)

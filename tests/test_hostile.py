@@ -44,21 +44,21 @@ def make_hostile_u(generator, features, kinds):
 
 @PROFILE
 @given(data=st.data())
-def test_any_chain(on_backend, data):
+def test_any_chain(on_backend, device, data):
     generator, features, kinds = data.draw(chains())
     dtype = data.draw(st.sampled_from(DTYPES))
     rows = data.draw(st.integers(0, 40))
     transpose = data.draw(st.booleans())
     case = Case(rows, features, len(kinds), transpose=transpose)
-    if ops.BACKENDS[on_backend].why_unsupported(torch.device("cpu"), dtype, case.R):
+    if ops.BACKENDS[on_backend].why_unsupported(device, dtype, case.R):
         return
     u = make_hostile_u(generator, features, kinds).to(reference.factor_dtype(dtype))
     padding = data.draw(st.integers(0, 3))
     x, dy = (torch.randn(rows, features + padding, generator=generator).to(dtype)[:, padding:] for _ in range(2))
-    leaves = [tensor.detach().requires_grad_() for tensor in (x, u)]
+    leaves = [tensor.detach().to(device).requires_grad_() for tensor in (x, u)]
     y = ops.reflect_chain(leaves[0], [leaves[1]], [False], transpose=transpose)
-    y.backward(dy)
-    got = {"y": y.detach(), "dx": leaves[0].grad, "du": leaves[1].grad}
+    y.backward(dy.to(device))
+    got = {"y": y.detach().cpu(), "dx": leaves[0].grad.cpu(), "du": leaves[1].grad.cpu()}
     assert all(tensor.isfinite().all() for tensor in got.values())
     exact, plain = explicit(x, u, dy, case), naive(x, u, dy, case, dtype)
     # the columns' scales differ by 60 orders of magnitude: each column's gradient is judged on its own scale
@@ -75,24 +75,24 @@ def test_any_chain(on_backend, data):
 
 @PROFILE
 @given(chain=chains())
-def test_gram_schmidt_of_anything_is_orthogonal_and_has_finite_gradients(on_backend, chain):
+def test_gram_schmidt_of_anything_is_orthogonal_and_has_finite_gradients(on_backend, device, chain):
     generator, features, kinds = chain
-    u = make_hostile_u(generator, features, kinds).requires_grad_()
-    x = torch.eye(features, requires_grad=True)
+    u = make_hostile_u(generator, features, kinds).to(device).requires_grad_()
+    x = torch.eye(features, device=device, requires_grad=True)
     y = ops.reflect_chain(x, [u], [True])
-    q = y.detach().double()
+    q = y.detach().double().cpu()
     assert (q.mT @ q - torch.eye(features, dtype=torch.float64)).abs().max() < 1e-6 * features**0.5
-    y.backward(torch.randn(features, features, generator=generator))
+    y.backward(torch.randn(features, features, generator=generator).to(device))
     assert u.grad.isfinite().all() and x.grad.isfinite().all()
 
 
 @PROFILE
 @given(chain=chains(max_rank=9), scales=st.lists(st.integers(-25, 25), min_size=9, max_size=9))
-def test_the_map_does_not_depend_on_scale(on_backend, chain, scales):
+def test_the_map_does_not_depend_on_scale(on_backend, device, chain, scales):
     generator, features, kinds = chain
     u = make_hostile_u(generator, features, [kind for kind in kinds if kind not in ("tiny", "huge")] or ["random"])
     factor = 10.0 ** torch.tensor(scales[: u.shape[1]], dtype=torch.float32)
     x = torch.randn(5, features, generator=generator)
-    plain, scaled = (ops.reflect_chain(x, [one], [False]) for one in (u, u * factor))
+    plain, scaled = (ops.reflect_chain(x.to(device), [one.to(device)], [False]).cpu() for one in (u, u * factor))
     # multiplying by a power of ten rounds each entry of u once
     assert (plain - scaled).abs().max() <= 2e-6 * u.shape[1] * x.abs().max() * features**0.5
