@@ -110,8 +110,3 @@ def coarse_tiles(request, monkeypatch):
         monkeypatch.setattr(tuning, "CONFIGS", dict.fromkeys(_SHIPPED, _COARSE))
         monkeypatch.setattr(triton_backend, "GRAM_BLOCK_D", 128)
         monkeypatch.setattr(triton_backend, "SCALE_BLOCK_D", 512)
-
-
-@pytest.fixture
-def shipped_tiles():
-    """Ask for it to run with the tiles of `tuning`."""

@@ -1,6 +1,7 @@
 """What only the Triton kernels can get wrong, run under Triton's interpreter by `test_triton_interpreter.py`.
 
-TRITON_INTERPRET=1 pytest -p tests.triton_interpreter tests/triton_suite.py
+TRITON_INTERPRET=1 pytest -p tests.triton_interpreter tests/triton_suite.py     on a CPU
+pytest tests/triton_suite.py                                                    on a GPU
 """
 
 from collections.abc import Callable
@@ -25,9 +26,24 @@ def name_of(dtype):
 
 
 @pytest.fixture(autouse=True)
-def triton_only():
-    with ops.use_backend("triton"):
+def triton_only(device):
+    """Triton serves every operator, and tensors that name no device are made where it does."""
+    with ops.use_backend("triton"), device:
         yield
+
+
+@pytest.fixture
+def shipped_tiles():
+    """Ask for it to run with the tiles of `tuning`, also in the interpreter."""
+
+
+def here(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors made by a CPU's generator, on the device under test."""
+    return [tensor.to(torch.get_default_device()) for tensor in tensors]
+
+
+def seeded_u(D: int, R: int, columns: str, seed: int = 0) -> torch.Tensor:
+    return here(make_u(D, R, columns, torch.Generator().manual_seed(seed)))[0]
 
 
 @pytest.fixture
@@ -57,7 +73,7 @@ def guarded(monkeypatch) -> Callable[[], list[str]]:
 def in_poison(tensor: torch.Tensor, pad: int = 11) -> torch.Tensor:
     """The same (rows, columns) as a view with NaN on all sides: reading past any edge shows in the result."""
     rows, columns = tensor.shape
-    buffer = torch.full((rows + 2, columns + 2 * pad), float("nan"), dtype=tensor.dtype)
+    buffer = tensor.new_full((rows + 2, columns + 2 * pad), float("nan"))
     view = buffer[1 : 1 + rows, pad : pad + columns]
     view.copy_(tensor)
     return view
@@ -66,7 +82,8 @@ def in_poison(tensor: torch.Tensor, pad: int = 11) -> torch.Tensor:
 def reflect_inputs(M, D, R, dtype, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     x, dy = (torch.randn(M, D, generator=generator).to(dtype) for _ in range(2))
-    return x, dy, torch.randn(R, D, generator=generator) / D**0.5, scale * torch.randn(R, R, generator=generator)
+    v, t = (torch.randn(R, columns, generator=generator) for columns in (D, R))
+    return here(x, dy, v / D**0.5, scale * t)
 
 
 def reflect_all(backend, x, dy, v, t, transpose):
@@ -98,7 +115,7 @@ def test_nothing_outside_is_read_or_written(shape, dtype, guarded):
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (131, 3), (70, 18)], ids=str)
 def test_factor_stays_inside(shape, apply_gs, guarded):
     D, R = shape
-    u = make_u(D, R, "random", torch.Generator().manual_seed(0))
+    u = seeded_u(D, R, "random")
     v, t = ops.wy_factor(in_poison(u), apply_gs)
     exact_v, exact_t = reference.wy_factor(u, apply_gs)
     torch.testing.assert_close(
@@ -114,14 +131,14 @@ def test_factor_stays_inside(shape, apply_gs, guarded):
 def test_factor_of_many_columns(R, apply_gs):
     """More columns than a tile of 16 in every kernel of the factor, an odd and an even number of them."""
     generator = torch.Generator().manual_seed(0)
-    u = make_u(80, R, "zero_columns", generator)
+    u = seeded_u(80, R, "zero_columns")
     v, t = triton_backend.wy_factor(u, apply_gs)
     exact = reference.wy_factor(u, apply_gs)
     assert torch.equal(v, exact[0]) or apply_gs
     q = reference.dense(v.double(), t.double())
     assert (q - reference.dense(*(tensor.double() for tensor in exact))).abs().max() < 1e-5
     assert (q @ q.mT - torch.eye(80)).abs().max() < 1e-5
-    dv, dt = torch.randn(R, 80, generator=generator), torch.randn(R, R, generator=generator)
+    dv, dt = here(torch.randn(R, 80, generator=generator), torch.randn(R, R, generator=generator))
     du = triton_backend.wy_factor_bwd(dv, dt, u, v, t, apply_gs)
     # the same formula from the same factor, in float64 up to one rounding
     torch.testing.assert_close(du, reference.wy_factor_bwd(dv, dt, u, v, t, apply_gs), rtol=1e-5, atol=1e-6)
@@ -129,7 +146,7 @@ def test_factor_of_many_columns(R, apply_gs):
 
 @pytest.mark.parametrize("apply_gs", [False, True])
 def test_batch_is_bitwise_each_on_its_own(apply_gs):
-    us = torch.stack([make_u(70, 5, kind, torch.Generator().manual_seed(0)) for kind in ("random", "scales", "spike")])
+    us = torch.stack([seeded_u(70, 5, kind) for kind in ("random", "scales", "spike")])
     v, t = triton_backend.wy_factor_batch(us, apply_gs)
     for i, u in enumerate(us):
         alone = triton_backend.wy_factor(u, apply_gs)
@@ -138,8 +155,7 @@ def test_batch_is_bitwise_each_on_its_own(apply_gs):
 
 def test_many_layers_share_launches(monkeypatch):
     """Six layers of two shapes: two groups, the launches of two layers; results as from `wy_factor`, in order."""
-    generator = torch.Generator().manual_seed(0)
-    us = [make_u(D, 4, "random", generator) for D in (40, 24, 40, 40, 24, 40)]
+    us = [seeded_u(D, 4, "random", seed) for seed, D in enumerate((40, 24, 40, 40, 24, 40))]
     batches = []
     original = triton_backend.wy_factor_batch
 
@@ -214,8 +230,8 @@ def test_float16_holds_any_scale_of_t(R, scale):
 
 # --- bad input --------------------------------------------------------------------------------------------------------
 
-_X, _V, _T = torch.randn(4, 6), torch.randn(2, 6), torch.randn(2, 2)
-_P = torch.randn(4, 2)
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_X, _V, _T, _P = (torch.randn(size, device=_DEVICE) for size in ((4, 6), (2, 6), (2, 2), (4, 2)))
 
 
 @pytest.mark.parametrize(
@@ -244,8 +260,16 @@ _P = torch.randn(4, 2)
         ),
         (ValueError, "reflect_fwd: .* got float64", lambda b: b.reflect_fwd(_X.double(), _V, _T)),
         (ValueError, "reflect_fwd: .* got int32", lambda b: b.reflect_fwd(_X.int(), _V, _T)),
-        (ValueError, "reflect_fwd: v must be on cpu, got meta", lambda b: b.reflect_fwd(_X, _V.to("meta"), _T)),
-        (ValueError, "reflect_fwd: .* serves cpu tensors .* got meta", lambda b: b.reflect_fwd(_X.to("meta"), _V, _T)),
+        (
+            ValueError,
+            f"reflect_fwd: v must be on {_X.device}, got meta",
+            lambda b: b.reflect_fwd(_X, _V.to("meta"), _T),
+        ),
+        (
+            ValueError,
+            f"reflect_fwd: .* serves {_DEVICE} tensors.* got meta",
+            lambda b: b.reflect_fwd(_X.to("meta"), _V, _T),
+        ),
         (
             ValueError,
             r"reflect_fwd: the rows of x must be contiguous, got strides \(1, 4\)",
@@ -288,7 +312,7 @@ def test_bad_input(error, text, call):
 @pytest.mark.parametrize("apply_gs", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_u_shows_in_its_rows(value, apply_gs):
-    u = make_u(30, 4, "random", torch.Generator().manual_seed(0))
+    u = seeded_u(30, 4, "random")
     u[7, 1] = value
     v, t = triton_backend.wy_factor(u, apply_gs)
     expected_v, _ = reference.wy_factor(u, apply_gs)
@@ -301,7 +325,7 @@ def test_non_finite_u_shows_in_its_rows(value, apply_gs):
 def applied_update_cosine(u: torch.Tensor, true_u: torch.Tensor, dtype: torch.dtype) -> float:
     """Cosine between the update that is applied from u and the float64 update of true_u, read where x is zero."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(64, u.shape[0], generator=generator).to(dtype)
+    (x,) = here(torch.randn(64, u.shape[0], generator=generator).to(dtype))
     x[:, ::2] = 0
     v, t = reference.wy_factor(true_u.double())
     exact = (reference.reflect_fwd(x.double(), v, t, True)[0] - x.double())[:, ::2]
@@ -312,10 +336,10 @@ def applied_update_cosine(u: torch.Tensor, true_u: torch.Tensor, dtype: torch.dt
 @pytest.mark.parametrize("R", [8, 20])
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
 def test_one_step_from_the_start_is_applied(dtype, R):
-    u = make_u(200, R, "paired_step", torch.Generator().manual_seed(0))
+    u = seeded_u(200, R, "paired_step")
     assert applied_update_cosine(u, u, dtype) > 0.999
 
 
 def test_rounding_u_to_16_bits_is_rejected():
-    u = make_u(200, 8, "paired_step", torch.Generator().manual_seed(0))
+    u = seeded_u(200, 8, "paired_step")
     assert applied_update_cosine(u.bfloat16().float(), u, torch.bfloat16) < 0.9
