@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--out", type=Path, help="folder for JSON and plots (default: none are written)")
     common.add_argument("--save", action="store_true", help="write into this machine's folder of bench/results/")
+    common.add_argument("--missing", action="store_true", help="only the cases that the file in --out does not have")
     common.add_argument("--no-plots", action="store_true", help="JSON only")
     common.add_argument("--base", metavar="REF", help="measure this commit too, in turns, and compare")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
@@ -67,25 +68,42 @@ def make_report(options: argparse.Namespace, console: Console) -> None:
 
 
 def measure(options: argparse.Namespace, console: Console) -> None:
-    """Run one level."""
+    """Measure the cases of one level. Each is in the file as soon as it is measured; one that fails spares the rest."""
     torch.set_num_threads(options.threads)
     if options.save:
         options.out = record.RESULTS / record.folder_name(options.device)
+    if options.missing and not options.out:
+        raise ValueError("--missing: expected --out or --save with it, for it needs a file to look into")
     module = LEVELS[options.level]
     if options.providers is None:
         names = getattr(module, "DEFAULT_PROVIDERS", list(providers.BY_NAME))
         options.providers = [providers.BY_NAME[name] for name in names]
     columns = TextColumn("{task.description:<60}"), BarColumn(), TimeElapsedColumn()
+    planned, path = module.plan(options), options.out and options.out / f"{options.level}.json"
+    if options.missing:
+        planned = record.without_measured(planned, path)
+    runs, failed = [], []
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=1.0)
-        runs = module.run(options, lambda text, done: bar.update(task, description=text, completed=done))
-    report.show(runs, console)
-    if options.out:
-        content = record.save(options.out / f"{options.level}.json", options.level, runs)
-        if not options.no_plots:
-            from bench import plots
+        task = bar.add_task("", total=len(planned))
+        for k, one in enumerate(planned):
 
-            plots.draw(options.out, options.level, content["runs"])
+            def advance(text: str, fraction: float, k: int = k) -> None:
+                bar.update(task, description=text, completed=k + fraction)
+
+            try:
+                runs.append(one.measure(advance))
+            except Exception as error:  # out of memory, a compiler's: whatever it is, the other cases may outlive it
+                failed.append(f"{one.case['name']}: {type(error).__name__}: {' '.join(str(error).split())}")
+                continue
+            if path:
+                record.save(path, options.level, runs[-1:])
+    report.show(runs, console)
+    if path and runs and not options.no_plots:
+        from bench import plots
+
+        plots.draw(options.out, options.level, record.load(path)["runs"])
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(planned)} cases failed: {'; '.join(failed)}")
 
 
 def _without(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:

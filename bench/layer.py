@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bench import providers as catalogue
 from bench import record, shapes, timing
 from bench.accuracy import LayerCheck
+from bench.record import Planned, Progress
 
-Progress = Callable[[str, float], None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -127,16 +127,21 @@ def measure_case(
     return record.entry(case, device, seconds, list(rows.values()), result)
 
 
-def run(options: argparse.Namespace, progress: Progress) -> list[dict]:
-    """One run a shape."""
+def plan(options: argparse.Namespace) -> list[Planned]:
+    """A case a shape."""
     device, dtype = options.device, DTYPES[options.dtype]
-    runs = []
-    for shape in shapes.parse(options.shapes):
-        base = make_base(shape, dtype, device)
-        inputs = [make_inputs(shape, dtype, device, 0)]
-        bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in inputs[0])
-        inputs += [make_inputs(shape, dtype, device, i) for i in range(1, timing.input_sets(bytes_each, device))]
+
+    def planned(shape: shapes.Shape) -> Planned:
         case = {"name": str(shape), **shape.as_dict(), "dtype": options.dtype, "rank": options.rank}
-        u = make_u(shape.D, options.rank, device)
-        runs.append(measure_case(case, base, inputs, u, options.providers, options.seconds, progress))
-    return runs
+
+        def measure(progress: Progress) -> dict:
+            base = make_base(shape, dtype, device)
+            inputs = [make_inputs(shape, dtype, device, 0)]
+            bytes_each = sum(tensor.numel() * tensor.element_size() for tensor in inputs[0])
+            inputs += [make_inputs(shape, dtype, device, i) for i in range(1, timing.input_sets(bytes_each, device))]
+            u = make_u(shape.D, options.rank, device)
+            return measure_case(case, base, inputs, u, options.providers, options.seconds, progress)
+
+        return Planned(case, measure)
+
+    return [planned(shape) for shape in shapes.parse(options.shapes)]

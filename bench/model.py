@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bench import models, record, timing
 from bench import providers as catalogue
 from bench.accuracy import beyond
-from bench.layer import DTYPES, Progress
+from bench.layer import DTYPES
+from bench.record import Planned, Progress
 from tests import tolerance
 
 BOUND = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float64: 1e-10}
@@ -149,13 +150,15 @@ def first_layer(model: nn.Module, spec: models.Model) -> nn.Module:
     )
 
 
-def measure_case(spec: models.Model, options: argparse.Namespace, progress: Progress) -> dict:
+def measure_case(case: dict, options: argparse.Namespace, progress: Progress) -> dict:
     """One table: a training step by every provider that passed its check."""
-    device = options.device
-    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    case = {"name": spec.name, "dtype": str(dtype).removeprefix("torch."), "rank": options.rank}
+    device, dtype, spec = options.device, DTYPES[case["dtype"]], models.MODELS[case["name"]]
     torch.manual_seed(0)
-    base = spec.build().to(device=device, dtype=dtype)
+    try:
+        base = spec.build().to(device=device, dtype=dtype)
+    except catalogue.Unavailable as reason:  # the model itself cannot be built here
+        row = {"provider": "all", "label": "all", "why": f"not available: {reason}"}
+        return record.entry(case, device, None, [row])
     batch = _cast(spec.batch(torch.Generator().manual_seed(0)), dtype, device)
     check = ModelCheck(base, spec, options.rank, batch, dtype)
     rows, samplers = {}, {}
@@ -189,15 +192,11 @@ def measure_case(spec: models.Model, options: argparse.Namespace, progress: Prog
     return record.entry(case, device, options.seconds, list(rows.values()), result)
 
 
-def run(options: argparse.Namespace, progress: Progress) -> list[dict]:
-    """One run a model."""
-    names = options.models or models.DEFAULT[options.device.type]
-    runs = []
-    for name in names:
-        try:
-            runs.append(measure_case(models.MODELS[name], options, progress))
-        except catalogue.Unavailable as reason:  # the model itself cannot be built here
-            case = {"name": name, "dtype": options.dtype, "rank": options.rank}
-            row = {"provider": "all", "label": "all", "why": f"not available: {reason}"}
-            runs.append(record.entry(case, options.device, None, [row]))
-    return runs
+def plan(options: argparse.Namespace) -> list[Planned]:
+    """A case a model."""
+    dtype = options.dtype or ("bfloat16" if options.device.type == "cuda" else "float32")
+    found = [
+        {"name": name, "dtype": dtype, "rank": options.rank}
+        for name in options.models or models.DEFAULT[options.device.type]
+    ]
+    return [Planned(case, lambda progress, case=case: measure_case(case, options, progress)) for case in found]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bench import layer, record, shapes
 from bench import providers as catalogue
 from bench.accuracy import explicit_layer, gradients
+from bench.record import Planned, Progress
 from tests import cases, tolerance
 
 DEFAULT_PROVIDERS = ["ours", "wy-eager", "peft-hra"]
@@ -158,19 +159,24 @@ MEASURES = {
 }
 
 
-def run(options: argparse.Namespace, progress: layer.Progress) -> list[dict]:
-    """One run a quantity."""
-    runs = []
-    for k, name in enumerate(options.measures):
-        rows = []
-        for provider in options.providers:
-            progress(f"{name}: {provider.label}", k / len(options.measures))
-            row = {"provider": provider.name, "label": provider.label, "why": None}
-            try:
-                row["values"] = MEASURES[name](provider, options.size, options.rank, options.device)
-            except catalogue.Unavailable as reason:
-                row["why"] = f"not available: {reason}"
-            rows.append(row)
+def plan(options: argparse.Namespace) -> list[Planned]:
+    """A case a quantity."""
+
+    def planned(name: str) -> Planned:
         case = {"name": name, "D": options.size, "rank": options.rank}
-        runs.append(record.entry(case, options.device, None, rows))
-    return runs
+
+        def measure(progress: Progress) -> dict:
+            rows = []
+            for k, provider in enumerate(options.providers):
+                progress(f"{name}: {provider.label}", k / len(options.providers))
+                row = {"provider": provider.name, "label": provider.label, "why": None}
+                try:
+                    row["values"] = MEASURES[name](provider, options.size, options.rank, options.device)
+                except catalogue.Unavailable as reason:
+                    row["why"] = f"not available: {reason}"
+                rows.append(row)
+            return record.entry(case, options.device, None, rows)
+
+        return Planned(case, measure)
+
+    return [planned(name) for name in options.measures]

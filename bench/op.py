@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 
 from bench import record, shapes, timing
-from bench.layer import DTYPES, Progress
+from bench.layer import DTYPES
+from bench.record import Planned, Progress
 from hra_kernels import ops, reference
 from tests import cases, tolerance
 
@@ -79,20 +80,17 @@ def _on_backend(name: str, call: Callable[[_Inputs], object], sets: list[_Inputs
     return run
 
 
-def measure_case(
-    shape: shapes.Shape, rank: int, dtype_name: str, options: argparse.Namespace, progress: Progress
-) -> dict:
+def measure_case(case: dict, options: argparse.Namespace, progress: Progress) -> dict:
     """One table: the copy, then every operator on every backend."""
-    device, dtype = options.device, DTYPES[dtype_name]
-    problem = cases.Case(shape.M, shape.D, rank)
-    bytes_each = 3 * shape.M * shape.D * dtype.itemsize
+    device, dtype, rank = options.device, DTYPES[case["dtype"]], case["rank"]
+    problem = cases.Case(case["M"], case["D"], rank)
+    bytes_each = 3 * problem.M * problem.D * dtype.itemsize
     sets = [_Inputs(problem, dtype, device, seed) for seed in range(timing.input_sets(bytes_each, device))]
-    case = {"name": str(shape), "M": shape.M, "D": shape.D, "dtype": dtype_name, "rank": rank}
     rows: dict[str, dict] = {FLOOR: {"provider": FLOOR, "label": "x.clone()", "op": FLOOR, "why": None}}
     samplers = {FLOOR: timing.sampler(timing.Variant(lambda i: sets[i].x.clone()), device, len(sets))}
     backends = options.backends or [*record.backend_report(), "compiled reference"]
     for k, backend in enumerate(backends):
-        progress(f"{case['name']} r{rank} {dtype_name}: check {backend}", 0.5 * k / len(backends))
+        progress(f"{case['name']} r{rank} {case['dtype']}: check {backend}", 0.5 * k / len(backends))
         error, why = None, record.backend_report().get(backend)
         why = why and f"not available: {why}"
         if why is None:
@@ -131,11 +129,12 @@ def measure_case(
     return record.entry(case, device, options.seconds, list(rows.values()), result)
 
 
-def run(options: argparse.Namespace, progress: Progress) -> list[dict]:
-    """One run a shape, rank and dtype."""
-    return [
-        measure_case(shape, rank, dtype, options, progress)
+def plan(options: argparse.Namespace) -> list[Planned]:
+    """A case a shape, rank and dtype."""
+    found = [
+        {"name": str(shape), "M": shape.M, "D": shape.D, "dtype": dtype, "rank": rank}
         for shape in shapes.parse(options.shapes)
         for rank in options.ranks
         for dtype in options.dtypes
     ]
+    return [Planned(case, lambda progress, case=case: measure_case(case, options, progress)) for case in found]

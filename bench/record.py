@@ -22,10 +22,12 @@ two runs may not, ratios may with care.
 
 import json
 import math
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +39,10 @@ from bench.timing import Rounds
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1
+COMMIT_VARIABLE = "HRA_BENCH_COMMIT"
+"""Names the commit where the tree has come without its history, as to a lent machine."""
+Progress = Callable[[str, float], None]
+"""Told what is going on, and which fraction is done."""
 _PACKAGES = ("torch", "triton", "peft", "transformers", "diffusers", "torch-householder")
 
 
@@ -91,7 +97,7 @@ def describe(device: torch.device, settings: dict) -> dict:
     # results that are about to be committed are no reason to call the code they measure dirty
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md")
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT_VARIABLE),
         "dirty": bool(changed) if changed is not None else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
@@ -101,6 +107,15 @@ def describe(device: torch.device, settings: dict) -> dict:
         "backends": backend_report(),
         "settings": settings,
     }
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A case that a level is asked for: what identifies it in a result file, and how it is measured."""
+
+    case: dict
+    measure: Callable[[Progress], dict]
+    """The case's `entry`."""
 
 
 def entry(
@@ -139,6 +154,12 @@ def _finite(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def without_measured(planned: list[Planned], path: Path) -> list[Planned]:
+    """`planned` without the cases that the file at `path`, if there is one, already has."""
+    known = [run["case"] for run in load(path)["runs"]] if path.exists() else []
+    return [one for one in planned if json.loads(json.dumps(one.case)) not in known]
 
 
 def save(path: Path, level: str, runs: Sequence[dict]) -> dict:

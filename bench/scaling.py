@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bench import layer, shapes, timing
+from bench.record import Planned, Progress
 
 SWEEPS = {
     "cpu": {"M": [1, 16, 64, 256, 1024, 4096], "D": [256, 512, 1024, 2048], "R": [2, 8, 32, 128], "layers": [1, 4, 16]},
@@ -51,24 +52,23 @@ def _stacked(count: int):
     return stack
 
 
-def run(options: argparse.Namespace, progress: layer.Progress) -> list[dict]:
-    """One run a point of each sweep."""
+def plan(options: argparse.Namespace) -> list[Planned]:
+    """A case a point of each sweep."""
     device, dtype = options.device, layer.DTYPES[options.dtype]
-    runs = []
-    for sweep in options.over:
-        for value in options.values or SWEEPS[device.type][sweep]:
-            point = MIDDLE[device.type] | {sweep: value}
+
+    def planned(sweep: str, value: int) -> Planned:
+        point = MIDDLE[device.type] | {sweep: value}
+        case = {"name": f"{sweep} = {value}", "sweep": sweep, "value": value, "dtype": options.dtype, **point}
+        case["rank"] = point["R"]
+
+        def measure(progress: Progress) -> dict:
             shape = shapes.linear(point["M"], point["D"], point["D"])
             base = layer.make_base(shape, dtype, device)
-            bytes_each = 2 * shape.M * shape.D * dtype.itemsize
-            inputs = [
-                layer.make_inputs(shape, dtype, device, seed) for seed in range(timing.input_sets(bytes_each, device))
-            ]
-            case = {"name": f"{sweep} = {value}", "sweep": sweep, "value": value, "dtype": options.dtype, **point}
-            case["rank"] = point["R"]
-            u = layer.make_u(shape.D, point["R"], device)
-            measured = layer.measure_case(
-                case, base, inputs, u, options.providers, options.seconds, progress, _stacked(point["layers"])
-            )
-            runs.append(measured)
-    return runs
+            count = timing.input_sets(2 * shape.M * shape.D * dtype.itemsize, device)
+            inputs = [layer.make_inputs(shape, dtype, device, seed) for seed in range(count)]
+            u, stack = layer.make_u(shape.D, point["R"], device), _stacked(point["layers"])
+            return layer.measure_case(case, base, inputs, u, options.providers, options.seconds, progress, stack)
+
+        return Planned(case, measure)
+
+    return [planned(sweep, value) for sweep in options.over for value in options.values or SWEEPS[device.type][sweep]]

@@ -209,6 +209,32 @@ def test_every_level_leaves_a_file_a_table_and_plots(level, tmp_path, capsys):
     assert "### machine" in filled and (level == "scaling" or "| --- |" in filled)
 
 
+def test_a_case_that_fails_spares_the_others_and_missing_ones_can_be_asked_for(tmp_path, monkeypatch, capsys):
+    measured = []
+
+    def plan(options):
+        def planned(name):
+            def measure(progress):
+                measured.append(name)
+                if name == "b" and measured.count("b") == 1:
+                    raise torch.OutOfMemoryError("too large")
+                return {"case": {"name": name}, "rows": []}
+
+            return record.Planned({"name": name}, measure)
+
+        return [planned(name) for name in "abc"]
+
+    monkeypatch.setattr(cli.layer, "plan", plan)
+    monkeypatch.setattr(cli.report, "show", lambda runs, console: None)
+    arguments = ["layer", "--device", "cpu", "--no-plots", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "1 of 3 cases failed: b: OutOfMemoryError: too large" in capsys.readouterr().err
+    assert cli.main([*arguments, "--missing"]) == 0
+    assert measured == ["a", "b", "c", "b"]
+    assert [run["case"]["name"] for run in record.load(tmp_path / "layer.json")["runs"]] == ["a", "c", "b"]
+
+
 def test_a_file_without_markers_is_left_alone():
     with pytest.raises(ValueError, match="expected the markers"):
         report.fill("no markers", "content")
@@ -221,6 +247,7 @@ def test_a_file_without_markers_is_left_alone():
         (["layer", "--shapes", "0x4x4"], "shape: expected MxDxN"),
         (["layer", "--providers", "nobody"], "expected one of frozen"),
         (["layer", "--seconds", "-1"], "expected a positive number"),
+        (["layer", "--missing"], "--missing: expected --out or --save"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys):
