@@ -1,9 +1,10 @@
-"""Triton's interpreter with bfloat16 and tf32 made right, as a pytest plugin:
+"""Triton's interpreter with bfloat16, tf32 and scalars made right, as a pytest plugin:
 
     TRITON_INTERPRET=1 pytest -p tests.triton_interpreter --backends triton tests/test_accuracy.py
 
 Unrepaired, the interpreter keeps bfloat16 as 16-bit integers and multiplies the integers in `tl.dot`, truncates where
-the hardware rounds to nearest even, and computes every float32 product exactly, also where tf32 was asked for.
+the hardware rounds to nearest even, and computes every float32 product exactly, also where tf32 was asked for. Up to
+Triton 3.6 it takes scalars from arrays of one element, which NumPy 2.4 no longer gives.
 """
 
 import numpy as np
@@ -80,6 +81,17 @@ def _checked_binary_op(self, lhs, rhs, op):
 interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter.InterpreterBuilder.binary_op = _checked_binary_op
+
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_with_scalars(tensor, scope):
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_tensor_with_scalars
 
 
 _patched_modules: set[str] = set()
