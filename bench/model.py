@@ -1,12 +1,14 @@
 """Level `model`: a whole training step of a transformer and of a UNet: forward, loss, backward, AdamW on the adapters.
 
-The floor is the frozen model with a gradient flowing to its first layer: the step no adapter can undercut. Loss and
-adapter gradients are checked against float64 before the clock starts: the HRA family against the explicit chain, every
-other method against itself.
+The floor is the frozen model that trains one vector, added to what enters its first adapted layer, so that a gradient
+flows back to there: a step that no adapter can undercut. Loss and adapter gradients are checked against float64 before
+the clock starts: the HRA family against the explicit chain, every other method against itself. Modes are ways to train:
+as it is, with activation checkpointing, and under torch.compile.
 """
 
 import argparse
 import copy
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,20 @@ DEFAULT_PROVIDERS = ["frozen", "ours", "wy-eager", "peft-hra", "lora", "oft"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=models.MODELS, help="default: those that suit the device")
     parser.add_argument("--dtype", default=None, choices=[str(dtype).removeprefix("torch.") for dtype in BOUND])
+    parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES, help="default: eager")
     parser.add_argument("--rank", type=int, default=8)
+
+
+class TrainedShift(nn.Module):
+    """The floor's only parameter, in front of the layer it wraps."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.shift = nn.Parameter(base.weight.new_zeros(base.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x + self.shift)
 
 
 class ExplicitChain(nn.Module):
@@ -57,12 +72,41 @@ def adapt(
 ) -> nn.Module:
     """A copy of `base` with the provider's adapters away from their initial state."""
     model = provider.build_model(copy.deepcopy(base), spec.targets, rank).to(device)
+    if provider.name == catalogue.FLOOR:
+        path = first_layer(model, spec)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, TrainedShift(model.get_submodule(path)))
+        return model
     generator = torch.Generator().manual_seed(3)
     for parameter in trainable(model).values():
         with torch.no_grad():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.copy_(noise) if provider.hra else parameter.add_(0.02 * noise)
     return model
+
+
+def first_layer(model: nn.Module, spec: models.Model) -> str:
+    """The path of the first layer an adapter would sit on."""
+    return next(
+        path
+        for path, _ in model.named_modules()
+        if any(path == target or path.endswith(f".{target}") for target in spec.targets)
+    )
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """The model with every block's activations computed again in backward, by its own library's switch."""
+    if hasattr(model, "gradient_checkpointing_enable"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 6 will call it otherwise
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.enable_gradient_checkpointing()
+    return model
+
+
+MODES = {"eager": lambda model: model, "checkpoint": checkpointed, "compile": torch.compile}
+"""Ways to train a model."""
 
 
 def loss_and_gradient(model: nn.Module, spec: models.Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -90,8 +134,10 @@ class ModelCheck:
         device = next(model.parameters()).device
         return loss_and_gradient(model, self.spec, _cast(self.batch, torch.float64, device))
 
-    def __call__(self, provider: catalogue.Provider, model: nn.Module) -> tuple[dict[str, float], str | None]:
-        """({quantity: relative error}, None or what is wrong)."""
+    def __call__(
+        self, provider: catalogue.Provider, model: nn.Module, prepared: nn.Module
+    ) -> tuple[dict[str, float], str | None]:
+        """({quantity: relative error}, None or what is wrong) of `prepared`, which is `model` in the case's mode."""
         device = next(model.parameters()).device
         if provider.hra:
             if self.exact is None:
@@ -101,7 +147,7 @@ class ModelCheck:
             exact = self.exact
         else:
             exact = self._wide_answer(copy.deepcopy(model).double())
-        got = loss_and_gradient(model, self.spec, self.batch)
+        got = loss_and_gradient(prepared, self.spec, self.batch)
         relative = {
             name: tolerance.errors(value, wide)["frobenius"]
             for name, value, wide in zip(("loss", "gradient"), got, exact, strict=True)
@@ -110,49 +156,21 @@ class ModelCheck:
 
 
 def training_step(model: nn.Module, spec: models.Model, batch: dict[str, Tensor]) -> timing.Variant:
-    """One optimiser step on the adapters; without adapters, one backward to the first layer."""
+    """One optimiser step on what is trainable."""
     parameters = list(trainable(model).values())
-    if parameters:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5, foreach=True, capturable=parameters[0].is_cuda)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, foreach=True, capturable=parameters[0].is_cuda)
 
-        def run(i: int) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            spec.loss(model, batch).backward()
-            optimizer.step()
+    def run(i: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        spec.loss(model, batch).backward()
+        optimizer.step()
 
-        return timing.Variant(run)
-    hooked = first_layer(model, spec)
-
-    def run_frozen(i: int) -> object:
-        found: list[Tensor] = []
-
-        def grad_from_here(module: nn.Module, inputs: tuple) -> tuple:
-            leaf = inputs[0].detach().requires_grad_()
-            found.append(leaf)
-            return (leaf, *inputs[1:])
-
-        handle = hooked.register_forward_pre_hook(grad_from_here)
-        try:
-            loss = spec.loss(model, batch)
-        finally:
-            handle.remove()
-        return torch.autograd.grad(loss, found)
-
-    return timing.Variant(run_frozen)
-
-
-def first_layer(model: nn.Module, spec: models.Model) -> nn.Module:
-    """The first layer an adapter would sit on."""
-    return next(
-        module
-        for path, module in model.named_modules()
-        if any(path == target or path.endswith(f".{target}") for target in spec.targets)
-    )
+    return timing.Variant(run)
 
 
 def measure_case(case: dict, options: argparse.Namespace, progress: Progress) -> dict:
     """One table: a training step by every provider that passed its check."""
-    device, dtype, spec = options.device, DTYPES[case["dtype"]], models.MODELS[case["name"]]
+    device, dtype, spec = options.device, DTYPES[case["dtype"]], models.MODELS[case["model"]]
     torch.manual_seed(0)
     try:
         base = spec.build().to(device=device, dtype=dtype)
@@ -167,11 +185,12 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
         row = rows[provider.name] = {"provider": provider.name, "label": provider.label, "why": None}
         try:
             model = adapt(provider, base, spec, options.rank, device)
+            prepared = MODES[case["mode"]](model)
             if provider.name != catalogue.FLOOR:
-                row["error"], wrong = check(provider, model)
+                row["error"], wrong = check(provider, model, prepared)
                 row["why"] = wrong and f"wrong: {wrong}"
             if row["why"] is None:
-                timed = training_step(model, spec, batch)
+                timed = training_step(prepared, spec, batch)
                 timed.run(0)
                 row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
                 samplers[provider.name] = timing.wall_sampler(timed, device)
@@ -193,10 +212,12 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a model."""
+    """A case a model and mode."""
     dtype = options.dtype or ("bfloat16" if options.device.type == "cuda" else "float32")
     found = [
-        {"name": name, "dtype": dtype, "rank": options.rank}
+        {"name": name if mode == "eager" else f"{name}, {mode}", "model": name, "mode": mode}
+        | {"dtype": dtype, "rank": options.rank}
         for name in options.models or models.DEFAULT[options.device.type]
+        for mode in options.modes
     ]
     return [Planned(case, lambda progress, case=case: measure_case(case, options, progress)) for case in found]

@@ -185,7 +185,7 @@ def test_result_files_replace_a_case_and_hold_no_nan(tmp_path):
 LEVELS = {
     "op": ["--shapes", "24x64x1", "--ranks", "4", "--dtypes", "float32", "--backends", "reference"],
     "layer": ["--shapes", "24x64x32", "--providers", "frozen", "ours", "lora"],
-    "model": ["--models", "llama-tiny", "--providers", "frozen", "ours"],
+    "model": ["--models", "llama-tiny", "--modes", "eager", "checkpoint", "--providers", "frozen", "ours"],
     "numerics": ["--size", "64", "--measures", "orthogonality", "identity"],
     "scaling": ["--over", "layers", "--values", "2", "--providers", "frozen", "ours"],
 }
