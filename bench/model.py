@@ -12,6 +12,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bench import models, record, timing
 from bench import providers as catalogue
@@ -54,9 +55,13 @@ class ExplicitChain(nn.Module):
         self.u = nn.Parameter(base.weight.new_empty(base.in_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
+        # else a float64 x would be kept for every reflection of every layer
+        return self.base(checkpoint(self._reflected, x, use_reentrant=False))
+
+    def _reflected(self, x: Tensor) -> Tensor:
         for column in reversed(self.u.unbind(1)):
             x = x - (2 / (column @ column)) * (x @ column)[..., None] * column
-        return self.base(x)
+        return x
 
 
 EXACT = catalogue.Provider("exact", "explicit chain", wrap=ExplicitChain, hra=True)
@@ -131,8 +136,11 @@ class ModelCheck:
         self.exact: tuple[Tensor, Tensor] | None = None
 
     def _wide_answer(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+        """One sample at a time, for memory: every loss is a mean over samples of one length."""
         device = next(model.parameters()).device
-        return loss_and_gradient(model, self.spec, _cast(self.batch, torch.float64, device))
+        samples = zip(*(value.split(1) for value in _cast(self.batch, torch.float64, device).values()), strict=True)
+        answers = [loss_and_gradient(model, self.spec, dict(zip(self.batch, one, strict=True))) for one in samples]
+        return tuple(torch.stack(parts).mean(0) for parts in zip(*answers, strict=True))
 
     def __call__(
         self, provider: catalogue.Provider, model: nn.Module, prepared: nn.Module
@@ -173,7 +181,8 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
     device, dtype, spec = options.device, DTYPES[case["dtype"]], models.MODELS[case["model"]]
     torch.manual_seed(0)
     try:
-        base = spec.build().to(device=device, dtype=dtype)
+        with device:
+            base = spec.build().to(dtype)
     except catalogue.Unavailable as reason:  # the model itself cannot be built here
         row = {"provider": "all", "label": "all", "why": f"not available: {reason}"}
         return record.entry(case, device, None, [row])
