@@ -205,7 +205,8 @@ def test_threads_are_torchs_own():
         pytest.skip("no OpenMP runtime in this process: std::thread serves")
     with open("/proc/self/maps") as maps:
         runtimes = {line.split()[-1] for line in maps if any(name in line for name in ("libgomp", "libomp", "libiomp"))}
-    assert len(runtimes) == 1, runtimes
+    # a copy in NAME.libs serves the package NAME alone
+    assert len([path for path in runtimes if ".libs/" not in path]) == 1, runtimes
     with open(native.__file__, "rb") as module:
         assert b"libgomp" not in module.read()
 
