@@ -34,13 +34,12 @@ from pathlib import Path
 
 import torch
 
+from bench import COMMIT_VARIABLE
 from bench.timing import Rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 SCHEMA = 1
-COMMIT_VARIABLE = "HRA_BENCH_COMMIT"
-"""Names the commit where the tree has come without its history, as to a lent machine."""
 Progress = Callable[[str, float], None]
 """Told what is going on, and which fraction is done."""
 _PACKAGES = ("torch", "triton", "peft", "transformers", "diffusers", "torch-householder")

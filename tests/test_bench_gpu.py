@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -13,22 +14,22 @@ pytest.importorskip("peft")
 
 from bench import __main__ as cli
 from bench import shapes
+from bench.gpu import commands, counters, stages, verdict
 from bench.gpu import run as gpu
+from bench.gpu.session import MARGIN_S, OutOfTime, Session, StageFailed
 
 
 @pytest.fixture
-def session(tmp_path, monkeypatch):
-    for name in ("WORK", "RESULTS", "LOGS"):
-        monkeypatch.setattr(gpu, name, tmp_path / name.lower())
-    return gpu.Session(rehearse=True, deadline=time.monotonic() + 60)
+def session(tmp_path):
+    return Session(rehearse=True, deadline=time.monotonic() + 60, work=tmp_path / "work")
 
 
 @pytest.mark.parametrize("rehearse", [True, False])
 @pytest.mark.parametrize("level", cli.LEVELS)
 def test_every_benchmark_command_is_one_the_benchmark_understands(level, rehearse):
-    commands = gpu.bench_commands(gpu.Session(rehearse, 0.0), level)
-    assert commands
-    for arguments in commands:
+    found = commands.benchmarks(level, rehearse)
+    assert found
+    for arguments in found:
         options = cli.build_parser().parse_args([level, *arguments, "--device", "cpu", "--out", "x"])
         assert not hasattr(options, "shapes") or shapes.parse(options.shapes)
 
@@ -43,12 +44,12 @@ def test_a_stage_out_of_time_goes_on_where_it_stopped(session, monkeypatch):
                 continue
             if len(done) == 2 and part == "c":
                 done.append("pause")
-                raise gpu.OutOfTime("no time for c")
+                raise OutOfTime("no time for c")
             done.append(part)
             entry.append(part)
         return "all"
 
-    monkeypatch.setitem(gpu.STAGES, "machine", stage)
+    monkeypatch.setitem(stages.STAGES, "machine", stage)
     gpu.run_stage(session, "machine", again=False)
     assert session.state["machine"]["status"] == "unfinished"
     gpu.run_stage(session, "machine", again=False)
@@ -56,34 +57,34 @@ def test_a_stage_out_of_time_goes_on_where_it_stopped(session, monkeypatch):
 
 
 def test_a_failing_command_fails_its_stage_with_what_it_said(session):
-    with pytest.raises(gpu.StageFailed, match="status 3: the reason"):
+    with pytest.raises(StageFailed, match="status 3: the reason"):
         session.python("machine", "-c", "import sys; print('the reason'); sys.exit(3)")
 
 
 def test_a_command_that_does_not_end_runs_out_of_time(session):
-    session.deadline = time.monotonic() + gpu.MARGIN_S + 1.5
-    with pytest.raises(gpu.OutOfTime, match="did not end in time"):
+    session.deadline = time.monotonic() + MARGIN_S + 1.5
+    with pytest.raises(OutOfTime, match="did not end in time"):
         session.python("machine", "-c", "import time; time.sleep(30)", least=1)
 
 
 def test_a_test_run_that_tested_nothing_is_a_failure(session, tmp_path):
     (tmp_path / "test_skipped.py").write_text("import pytest\n@pytest.mark.skip\ndef test_it(): pass\n")
-    with pytest.raises(gpu.StageFailed, match="nothing was tested: 1 skipped"):
-        gpu.pytest(session, "test", str(tmp_path / "test_skipped.py"), "-c", "/dev/null", "--rootdir", str(tmp_path))
+    with pytest.raises(StageFailed, match="nothing was tested: 1 skipped"):
+        session.pytest("test", str(tmp_path / "test_skipped.py"), "-c", "/dev/null", "--rootdir", str(tmp_path))
 
 
 def test_packed_files_are_few_and_the_verdict_names_every_stage(session, tmp_path):
     session.state["build"] = {"status": "passed", "summary": "built", "seconds": 1.0}
-    gpu.RESULTS.mkdir(parents=True)
-    (gpu.RESULTS / "layer.json").write_text(
+    session.results.mkdir(parents=True)
+    (session.results / "layer.json").write_text(
         json.dumps({"runs": [{"case": {"name": "s"}, "rows": [{"label": "m", "why": None, "ratio": {"median": 1.5}}]}]})
     )
-    for name in gpu.PLOTS:
-        (gpu.RESULTS / name).write_bytes(b"plot")
-    gpu.pack(session, tmp_path / "out")
+    for name in verdict.PLOTS:
+        (session.results / name).write_bytes(b"plot")
+    verdict.pack(session, tmp_path / "out")
     assert len(list((tmp_path / "out").iterdir())) <= 8
     text = (tmp_path / "out" / "verdict.md").read_text()
-    assert all(f"**{name}**" in text for name in gpu.STAGES) and "m 1.500" in text and "Rehearsal" in text
+    assert all(f"**{name}**" in text for name in stages.STAGES) and "m 1.500" in text and "Rehearsal" in text
 
 
 def test_the_launch_table_is_written_as_python():
@@ -125,8 +126,80 @@ def test_the_search_finds_the_fastest_right_configuration():
     assert all(len(entry["config"]) == 4 for entry in log)
 
 
+def test_every_stage_has_its_turn():
+    assert [name for wave in stages.WAVES for name in wave] == list(stages.STAGES)
+
+
+def test_a_faulty_stage_spares_the_others(session, monkeypatch):
+    monkeypatch.setitem(stages.STAGES, "machine", lambda session: 1 / 0)
+    gpu.run_stage(session, "machine", again=False)
+    assert session.state["machine"]["status"] == "failed" and "ZeroDivisionError" in session.state["machine"]["summary"]
+
+
+def test_a_test_run_that_skips_a_backend_is_a_failure(session, monkeypatch):
+    session.rehearse = False
+    session.state["test"] = {}
+    monkeypatch.setattr(stages, "backends", lambda session: ["cuda"])
+    monkeypatch.setattr(Session, "pytest", lambda self, *arguments: "20 passed, 300 skipped in 1.00s")
+    with pytest.raises(StageFailed, match="cuda: only 20 passed, 300 skipped"):
+        stages.test_backend(session)
+
+
+def test_a_benchmark_goes_on_with_what_is_missing_in_the_next_call(session, monkeypatch):
+    session.state["bench-layer"] = {}
+    ran = []
+    monkeypatch.setattr(Session, "python", lambda self, log, *arguments, **options: ran.append(arguments))
+    assert stages.STAGES["bench-layer"](session) == "1 commands"
+    assert "--missing" in ran[0] and str(session.results) in ran[0]
+
+
+def test_tuned_tables_are_put_back(session, monkeypatch, tmp_path):
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    (tmp_path / "hra_kernels").mkdir()
+    stages.restore_tables(session)
+    assert not (tmp_path / "hra_kernels" / "tuning.py").exists()
+    session.work.mkdir()
+    (session.work / "tuning.py").write_text("tuned")
+    stages.restore_tables(session)
+    assert (tmp_path / "hra_kernels" / "tuning.py").read_text() == "tuned"
+
+
+def test_a_tree_without_history_must_be_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv(gpu.COMMIT_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match="name the commit with --commit"):
+        gpu.name_commit(None)
+    monkeypatch.setenv(gpu.COMMIT_VARIABLE, "")
+    gpu.name_commit("abc123")
+    assert os.environ[gpu.COMMIT_VARIABLE] == "abc123"
+
+
+def ncu_row(number, kernel, range_name, metric, unit, value):
+    return ",".join(f'"{field}"' for field in (number, "7", kernel, range_name, "Section", metric, unit, value))
+
+
+CLUSTER = "void hra::cuda::<unnamed>::cluster_fwd_kernel<hra::bf16, 8, 512>(Arguments<T1>)"
+RANGE = '""<default domain>:hra/cuda/reflect_fwd/8192x4096r8:none:none""'
+NCU = [
+    "==PROF== Connected to process 7",
+    '"ID","Process ID","Kernel Name","thread Domain","Section Name","Metric Name","Metric Unit","Metric Value"',
+    ncu_row("0", CLUSTER, RANGE, "Duration", "us", "51.20"),
+    ncu_row("0", CLUSTER, "", "DRAM Throughput", "%", "88.1"),
+    ncu_row("1", "_reflect_kernel", "hra/triton/reflect_fwd/8192x4096r8", "Duration", "us", "60.1"),
+]
+
+
+def test_the_profilers_table_becomes_a_line_a_kernel():
+    lines = counters.summarize("\n".join(NCU))
+    assert len(lines) == 2
+    assert lines[0].split()[:2] == ["cuda/reflect_fwd/8192x4096r8", "cluster_fwd_kernel"]
+    assert "time 51.20 us, DRAM 88.1 %" in lines[0]
+    assert lines[1].split()[:2] == ["triton/reflect_fwd/8192x4096r8", "_reflect_kernel"]
+    assert counters.summarize("==ERROR== no permission") == []
+
+
 def test_starting_needs_the_standard_library_alone():
-    source = gpu.__file__
-    code = f"import runpy, sys; sys.argv = ['run.py', '--help']; runpy.run_path({source!r}, run_name='__main__')"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and "--rehearse" in done.stdout
+    command = [sys.executable, "-S", "-m", "bench.gpu.run", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=stages.ROOT)
+    assert done.returncode == 0 and "--rehearse" in done.stdout, done.stderr

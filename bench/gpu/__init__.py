@@ -1,1 +1,1 @@
-"""Everything that needs a GPU: `python bench/gpu/run.py --help`."""
+"""Everything that needs a GPU: `python -m bench.gpu.run --help`."""
