@@ -72,6 +72,21 @@ def variant(layer: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> timing.Var
     return timing.Variant(run, timing.touch_parameters(parameters))
 
 
+def prepare(row: dict, layer: nn.Module, inputs: list[tuple[Tensor, Tensor]]) -> Callable[[], float]:
+    """Put memory and, on a GPU, the host's time into `row`; the sampler of what is timed in rounds."""
+    timed, (x, _) = variant(layer, inputs), inputs[0]
+    row["peak_bytes"] = timing.peak_bytes(lambda: timed.run(0), x.device)
+    leaf = x.detach().requires_grad_()
+    saved = timing.saved_storages(lambda: layer(leaf), [*layer.parameters(), *layer.buffers()])
+    row["saved_bytes"] = sum(saved.values())
+    row["saved_beyond_x_bytes"] = row["saved_bytes"] - saved.get(leaf.untyped_storage().data_ptr(), 0)
+    if x.device.type == "cuda":
+        row["host_seconds"] = timing.host_seconds(timed, x.device)
+    sampler = timing.sampler(timed, x.device, len(inputs))
+    row["timing"] = getattr(sampler, "method", "calls")
+    return sampler
+
+
 def measure_case(
     case: dict,
     base: nn.Module,
@@ -88,32 +103,18 @@ def measure_case(
     """
     device, (x, dy) = u.device, inputs[0]
     check = LayerCheck(base, x, u, dy)
-    rows, samplers, variants = {}, {}, {}
+    rows, samplers = {}, {}
     for k, provider in enumerate(chosen):
         progress(f"{case['name']}: check {provider.label}", 0.5 * k / len(chosen))
         row = rows[provider.name] = {"provider": provider.name, "label": provider.label, "why": None}
         try:
             layer = adapted(provider, base, u)
-            row["error"], row["why"] = check(provider, layer)
-        except catalogue.Unavailable as reason:
-            row["why"] = f"not available: {reason}"
-            continue
-        except torch.OutOfMemoryError:
-            row["why"] = "out of memory"
-            continue
-        if row["why"]:
-            row["why"] = f"wrong: {row['why']}"
-            continue
-        layer = network(layer)
-        timed = variants[provider.name] = variant(layer, inputs)
-        row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
-        leaf = x.detach().requires_grad_()
-        known = [*layer.parameters(), *layer.buffers()]
-        saved = timing.saved_storages(lambda layer=layer, leaf=leaf: layer(leaf), known)
-        row["saved_bytes"] = sum(saved.values())
-        row["saved_beyond_x_bytes"] = row["saved_bytes"] - saved.get(leaf.untyped_storage().data_ptr(), 0)
-        samplers[provider.name] = timing.sampler(timed, device, len(inputs))
-        row["timing"] = getattr(samplers[provider.name], "method", "calls")
+            row["error"], wrong = check(provider, layer)
+            row["why"] = wrong and f"wrong: {wrong}"
+            if row["why"] is None:
+                samplers[provider.name] = prepare(row, network(layer), inputs)
+        except Exception as error:
+            row["why"] = catalogue.reason(error)
     floor = catalogue.FLOOR if catalogue.FLOOR in samplers else None
     result = timing.interleave(
         samplers, floor, seconds, advance=lambda done: progress(f"{case['name']}: rounds", 0.5 + 0.5 * done)
@@ -122,8 +123,6 @@ def measure_case(
         rows[name]["seconds"] = timing.summary(samples.values())
         if floor:
             rows[name]["ratio"] = timing.ratio_to_floor(samples, result.taken[floor])
-        if device.type == "cuda":
-            rows[name]["host_seconds"] = timing.host_seconds(variants[name], device)
     return record.entry(case, device, seconds, list(rows.values()), result)
 
 

@@ -183,8 +183,8 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
     try:
         with device:
             base = spec.build().to(dtype)
-    except catalogue.Unavailable as reason:  # the model itself cannot be built here
-        row = {"provider": "all", "label": "all", "why": f"not available: {reason}"}
+    except catalogue.Unavailable as error:  # the model itself cannot be built here
+        row = {"provider": "all", "label": "all", "why": catalogue.reason(error)}
         return record.entry(case, device, None, [row])
     batch = _cast(spec.batch(torch.Generator().manual_seed(0)), dtype, device)
     check = ModelCheck(base, spec, options.rank, batch, dtype)
@@ -203,10 +203,8 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
                 timed.run(0)
                 row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
                 samplers[provider.name] = timing.wall_sampler(timed, device)
-        except catalogue.Unavailable as reason:
-            row["why"] = f"not available: {reason}"
-        except torch.OutOfMemoryError:
-            row["why"] = "out of memory"
+        except Exception as error:
+            row["why"] = catalogue.reason(error)
     floor = catalogue.FLOOR if catalogue.FLOOR in samplers else None
     result = timing.interleave(
         samplers, floor, options.seconds, advance=lambda done: progress(f"{spec.name}: rounds", 0.5 + 0.5 * done)

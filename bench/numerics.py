@@ -172,8 +172,8 @@ def plan(options: argparse.Namespace) -> list[Planned]:
                 row = {"provider": provider.name, "label": provider.label, "why": None}
                 try:
                     row["values"] = MEASURES[name](provider, options.size, options.rank, options.device)
-                except catalogue.Unavailable as reason:
-                    row["why"] = f"not available: {reason}"
+                except Exception as error:
+                    row["why"] = catalogue.reason(error)
                 rows.append(row)
             return record.entry(case, options.device, None, rows)
 

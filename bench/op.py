@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench import providers as catalogue
 from bench import record, shapes, timing
 from bench.layer import DTYPES
 from bench.record import Planned, Progress
@@ -30,19 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _check(case: cases.Case, dtype: torch.dtype, device: torch.device) -> tuple[dict[str, float], str | None]:
-    """The project's accuracy rule on the backend in force, for y, dx and du."""
-    x, u, dy = (tensor.to(device) for tensor in cases.make_inputs(case, dtype))
-    exact, naive = (cases.explicit(x, u, dy, case, kind) for kind in (torch.float64, dtype))
-    x.requires_grad_()
-    u.requires_grad_()
-    y = ops.reflect_chain(x, [u], [False], transpose=case.transpose)
-    dx, du = torch.autograd.grad(y, (x, u), dy)
-    got = {"y": y.detach(), "dx": dx, "du": du}
-    relative = {name: tolerance.errors(tensor, exact[name])["frobenius"] for name, tensor in got.items()}
-    return relative, "; ".join(tolerance.violations(got, naive, exact, dtype, case.R)) or None
-
-
 class _Inputs:
     """One input set of all operators."""
 
@@ -51,6 +39,25 @@ class _Inputs:
         self.v, self.t = reference.wy_factor(self.u)
         self.p = reference.reflect_fwd(self.x, self.v, self.t, True)[1]
         self.dv, self.dt = torch.randn_like(self.v), torch.randn_like(self.t)
+
+
+class _Check:
+    """The project's accuracy rule on the backend in force, for y, dx and du; the exact answer is computed once."""
+
+    def __init__(self, inputs: _Inputs, case: cases.Case) -> None:
+        self.inputs, self.case = inputs, case
+        x, u, dy = inputs.x, inputs.u, inputs.dy
+        self.exact, self.naive = (cases.explicit(x, u, dy, case, kind) for kind in (torch.float64, x.dtype))
+
+    def __call__(self) -> tuple[dict[str, float], str | None]:
+        """({tensor: relative Frobenius error}, None or what is wrong)."""
+        x, u = (tensor.detach().requires_grad_() for tensor in (self.inputs.x, self.inputs.u))
+        y = ops.reflect_chain(x, [u], [False], transpose=self.case.transpose)
+        dx, du = torch.autograd.grad(y, (x, u), self.inputs.dy)
+        got = {"y": y.detach(), "dx": dx, "du": du}
+        relative = {name: tolerance.errors(tensor, self.exact[name])["frobenius"] for name, tensor in got.items()}
+        wrong = tolerance.violations(got, self.naive, self.exact, x.dtype, self.case.R)
+        return relative, "; ".join(wrong) or None
 
 
 def _calls(functions: object) -> dict[str, Callable[[_Inputs], object]]:
@@ -88,6 +95,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
     sets = [_Inputs(problem, dtype, device, seed) for seed in range(timing.input_sets(bytes_each, device))]
     rows: dict[str, dict] = {FLOOR: {"provider": FLOOR, "label": "x.clone()", "op": FLOOR, "why": None}}
     samplers = {FLOOR: timing.sampler(timing.Variant(lambda i: sets[i].x.clone()), device, len(sets))}
+    check = _Check(sets[0], problem)
     backends = options.backends or [*record.backend_report(), "compiled reference"]
     for k, backend in enumerate(backends):
         progress(f"{case['name']} r{rank} {case['dtype']}: check {backend}", 0.5 * k / len(backends))
@@ -95,12 +103,12 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
         why = why and f"not available: {why}"
         if why is None:
             forced = backend if backend != "compiled reference" else "reference"
-            with ops.use_backend(forced):
-                try:
-                    error, wrong = _check(problem, dtype, device)
-                    why = wrong and f"wrong: {wrong}"
-                except RuntimeError as reason:
-                    why = f"not available: {reason}"
+            try:
+                with ops.use_backend(forced):
+                    error, wrong = check()
+                why = wrong and f"wrong: {wrong}"
+            except Exception as failure:
+                why = catalogue.reason(failure)
         if why is not None:
             rows[backend] = {"provider": backend, "label": f"all, {backend}", "op": "all", "why": why, "error": error}
             continue
@@ -110,10 +118,14 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
             calls = _calls(torch.ops.hra)
         for name, call in calls.items():
             key = f"{name} {backend}"
-            rows[key] = {"provider": backend, "label": f"{name}, {backend}", "op": name, "why": None, "error": error}
+            row = {"provider": backend, "label": f"{name}, {backend}", "op": name, "why": None, "error": error}
+            rows[key] = row
             timed = timing.Variant(_on_backend(forced, call, sets))
-            timed.run(0)  # what compiles, compiles here
-            samplers[key] = timing.sampler(timed, device, len(sets))
+            try:
+                timed.run(0)  # what compiles, compiles here
+                samplers[key] = timing.sampler(timed, device, len(sets))
+            except Exception as failure:
+                row["why"] = catalogue.reason(failure)
     result = timing.interleave(
         samplers,
         FLOOR,

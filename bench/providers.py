@@ -20,6 +20,15 @@ class Unavailable(Exception):
     """A provider cannot serve a case; the message says why."""
 
 
+def reason(error: Exception) -> str:
+    """Why there is no time, for a row: what one method fails of, the others may outlive."""
+    if isinstance(error, Unavailable):
+        return f"not available: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 @dataclass(frozen=True)
 class Provider:
     """A method: a PEFT config (`peft(rank)` gives its class name and arguments) or a module (`wrap(base, rank)`).

@@ -9,8 +9,9 @@ Inputs  are made before; parameters are touched (their version changes, their va
         the clock, so that nothing computed from parameters can be carried from one call to the next: each call is the
         first micro-batch after an optimiser step.
 GPU     Several input sets, together at least twice the L2 cache, are cycled through. All of them are captured in one
-        CUDA graph; where capture fails, calls are queued behind a sleeping kernel so that the host's gaps are not
-        timed. `host_seconds` is the other number: plain calls from Python, with the host's work.
+        CUDA graph; what waits for the GPU, or cannot be captured for another reason, is queued behind a sleeping kernel
+        so that the host's gaps are not timed. `host_seconds` is the other number: plain calls from Python, with the
+        host's work.
 Memory  is the peak of what the call itself allocates (on a CPU as the profiler sees PyTorch's allocator), and what
         autograd keeps between forward and backward.
 """
@@ -32,6 +33,8 @@ WARM_UP_S = 0.2
 MIN_SAMPLE_S = 1e-3
 SLEEP_CYCLES = 20_000_000
 """About 10 ms of GPU time: long enough to queue the calls of one sample behind it."""
+HOST_SAMPLE_S = 0.1
+"""A call that takes longer is not waiting for the host."""
 
 
 @dataclass
@@ -76,6 +79,40 @@ def cpu_sampler(variant: Variant, sets: int) -> Callable[[], float]:
     return sample
 
 
+def _waits_for_gpu(run: Callable[[], object]) -> bool:
+    """Whether `run` brings a value to the host. A capture must not find out: a broken one leaves PyTorch's stream,
+
+    allocator and random numbers in it, for all that comes after in this process.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+    """`run`, which has run before, as a graph; None where it cannot be one."""
+    if _waits_for_gpu(run):
+        return None
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # the outer context restores the stream, which torch.cuda.graph does not where ending the capture fails
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
 def cuda_sampler(variant: Variant, sets: int) -> Callable[[], float]:
     def all_sets() -> None:
         for i in range(sets):
@@ -91,21 +128,14 @@ def cuda_sampler(variant: Variant, sets: int) -> Callable[[], float]:
             torch.cuda.synchronize()
     torch.cuda.current_stream().wait_stream(stream)
     variant.touch()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            all_sets()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        replay, behind_sleep = all_sets, True
-    else:
-        replay, behind_sleep = graph.replay, False
+    graph = _captured(all_sets)
+    replay = graph.replay if graph else all_sets
 
     def timed(passes: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         variant.touch()
         torch.cuda.synchronize()
-        if behind_sleep:
+        if not graph:
             torch.cuda._sleep(SLEEP_CYCLES)
         begin.record()
         for _ in range(passes):
@@ -116,7 +146,7 @@ def cuda_sampler(variant: Variant, sets: int) -> Callable[[], float]:
 
     passes = max(1, math.ceil(MIN_SAMPLE_S / max(timed(1) * sets, 1e-7)))
     sample = lambda: timed(passes)  # noqa: E731
-    sample.method = "queued" if behind_sleep else "graph"
+    sample.method = "graph" if graph else "queued"
     return sample
 
 
@@ -143,18 +173,23 @@ def wall_sampler(variant: Variant, device: torch.device) -> Callable[[], float]:
     return sample
 
 
-def host_seconds(variant: Variant, device: torch.device, calls: int = 20) -> float:
+def host_seconds(variant: Variant, device: torch.device) -> float:
     """Seconds a call from Python, host overhead included, kernels overlapping with it as in a real loop."""
-    samples = []
-    for _ in range(5):
+
+    def sample(calls: int) -> float:
         variant.touch()
         _synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             variant.run(0)
         _synchronize(device)
-        samples.append((time.perf_counter() - start) / calls)
-    return statistics.median(samples)
+        return (time.perf_counter() - start) / calls
+
+    first = sample(1)
+    if first > HOST_SAMPLE_S:
+        return first
+    calls = min(20, math.ceil(HOST_SAMPLE_S / first))
+    return statistics.median(sample(calls) for _ in range(5))
 
 
 def _synchronize(device: torch.device) -> None:

@@ -67,6 +67,20 @@ def test_a_wrong_method_gets_no_time(planted):
     assert rows["frozen"]["ratio"]["median"] == 1
 
 
+@pytest.mark.parametrize(
+    "error, why",
+    [(RuntimeError("no\n kernel"), "failed: RuntimeError: no kernel"), (torch.OutOfMemoryError(), "out of mem")],
+)
+def test_a_failing_method_spares_the_others(error, why):
+    class Failing(providers.PlainWY):
+        def transform(self, x):
+            raise error
+
+    rows = measure([providers.Provider("failing", "failing", wrap=Failing, hra=True), providers.BY_NAME["frozen"]])
+    assert rows["failing"]["why"].startswith(why)
+    assert rows["frozen"]["ratio"]["median"] == 1
+
+
 @pytest.mark.parametrize("name", [provider.name for provider in providers.PROVIDERS if provider.name != "wy-compile"])
 def test_every_method_is_right_and_timed(name):
     row = measure([providers.BY_NAME[name]])[name]
@@ -104,7 +118,8 @@ def test_a_whole_model_that_ignores_its_adapters_is_refused():
     check = model.ModelCheck(base, spec, 8, batch, torch.float32)
     for wrap, right in ((providers.PlainWY, True), (DoesNothing, False), (Reversed, False)):
         provider = providers.Provider("planted", "planted", wrap=wrap, hra=True)
-        wrong = check(provider, model.adapt(provider, base, spec, 8, DEVICE))[1]
+        adapted = model.adapt(provider, base, spec, 8, DEVICE)
+        wrong = check(provider, adapted, adapted)[1]
         assert (wrong is None) == right
 
 
