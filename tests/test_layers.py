@@ -183,6 +183,9 @@ def test_bad_input(call, error, message):
         call()
 
 
+DEVICES = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+
+
 def test_backend_by_name():
     with pytest.raises(ValueError, match=r"backend: expected one of .*got 'fast'"), ops.use_backend("fast"):
         pass
@@ -194,8 +197,10 @@ def test_backend_by_name():
             ):
                 pass
         else:
+            unsupported = ops.BACKENDS[name].why_unsupported
+            served = [device for device in DEVICES if unsupported(device, torch.float32, 4) is None]
             with ops.use_backend(name):
-                assert ops.select_backend(torch.device("cpu"), torch.float32, 4) == name
+                assert {ops.select_backend(device, torch.float32, 4) for device in served} == {name}
 
 
 def test_more_columns_than_the_kernels_take_go_to_the_reference():
