@@ -100,7 +100,10 @@ def _ratio(row: dict | None) -> str:
 
 
 def _ratio_table(runs: list[dict], more: Callable[[list[dict]], list[str]], header: list[str]) -> str:
-    """Methods down, cases across, the ratio to the floor in the cells; `more(rows)` adds the columns of `header`."""
+    """Methods and cases, the ratio to the floor in the cells; `more(rows)` adds to each method what `header` names.
+
+    The longer of the two goes down the page.
+    """
     labels = {row["provider"]: row["label"] for run in runs for row in run["rows"]}
     by_run = [{row["provider"]: row for row in run["rows"]} for run in runs]
 
@@ -108,13 +111,23 @@ def _ratio_table(runs: list[dict], more: Callable[[list[dict]], list[str]], head
         ratios = [rows[provider]["ratio"]["median"] for rows in by_run if "ratio" in rows.get(provider, {})]
         return statistics.median(ratios) if ratios else math.inf
 
-    lines = []
+    table = [["", *(run["case"]["name"] for run in runs), "median", *header]]
     for provider in sorted(labels, key=weight):
         rows = [rows.get(provider) for rows in by_run]
         middle = f"{weight(provider):.2f}" if weight(provider) < math.inf else ""
         label = f"**{labels[provider]}**" if provider == "ours" else labels[provider]
-        lines.append([label, *map(_ratio, rows), middle, *more([row for row in rows if row])])
-    return _markdown(["", *(run["case"]["name"] for run in runs), "median", *header], lines)
+        table.append([label, *map(_ratio, rows), middle, *more([row for row in rows if row])])
+    if len(runs) > len(labels):
+        table = [list(column) for column in zip(*table, strict=True)]
+    return _markdown(table[0], table[1:])
+
+
+def _groups(runs: list[dict]) -> dict[tuple[str, int], list[dict]]:
+    """`runs` by dtype and rank."""
+    found: dict[tuple[str, int], list[dict]] = {}
+    for run in runs:
+        found.setdefault((run["case"]["dtype"], run["case"]["rank"]), []).append(run)
+    return found
 
 
 def _layer_block(runs: list[dict]) -> str:
@@ -123,36 +136,58 @@ def _layer_block(runs: list[dict]) -> str:
         worst = [max(row["error"].values()) for row in rows if row.get("error")]
         return [bytes_text(max(saved)) if saved else "", f"{max(worst):.0e}" if worst else ""]
 
-    case = runs[0]["case"]
+    tables = [
+        f"{dtype}, R = {rank}:\n\n{_ratio_table(group, more, ['kept', 'error'])}"
+        for (dtype, rank), group in _groups(runs).items()
+    ]
     return (
-        f"One adapted layer, forward and backward over the frozen layer alone ({case['dtype']}, R = {case['rank']}; "
-        "shapes are rows x in x out; an empty cell was not measured; memory kept for backward beyond x, the most of "
-        "all shapes; the worst relative error against float64):\n\n" + _ratio_table(runs, more, ["kept", "error"])
+        "One adapted layer, forward and backward over the frozen layer alone (shapes are rows x in x out; an empty "
+        "cell was not measured; memory kept for backward beyond x, the most of all shapes; the worst relative error "
+        "against float64).\n\n" + "\n\n".join(tables)
     )
 
 
 def _model_block(runs: list[dict]) -> str:
-    def rate(rows: list[dict]) -> list[str]:
-        return [", ".join(f"{row['per_second']:.3g} {row['unit']}/s" if "per_second" in row else "-" for row in rows)]
+    def rate_and_peak(row: dict | None) -> str:
+        return (
+            f"{row['per_second']:.3g} {row['unit']}/s, {bytes_text(row['peak_bytes'])}"
+            if row and "ratio" in row
+            else ""
+        )
 
-    return "A whole training step over the frozen model's, and its rate:\n\n" + _ratio_table(runs, rate, ["rate"])
+    labels = {row["provider"]: row["label"] for run in runs for row in run["rows"]}
+    cells = [
+        [label, *(rate_and_peak(next((r for r in run["rows"] if r["provider"] == name), None)) for run in runs)]
+        for name, label in labels.items()
+    ]
+    return (
+        "A whole training step over the frozen model's:\n\n"
+        + _ratio_table(runs, lambda rows: [], [])
+        + "\n\nIts rate, and the most memory it holds beyond the model's own:\n\n"
+        + _markdown(["", *(run["case"]["name"] for run in runs)], cells)
+    )
 
 
 def _op_block(runs: list[dict]) -> str:
-    """Median share of the copy bound over all shapes, by backend and setting."""
-    found: dict[tuple, dict[str, list[float]]] = {}
+    """Share of the copy bound by backend and shape."""
+    operators = ["reflect_fwd", "reflect_dx", "reflect_bwd"]
+    shapes = list(dict.fromkeys(run["case"]["name"] for run in runs))
+    found: dict[tuple, dict[str, dict[str, float]]] = {}
     for run in runs:
         for row in run["rows"]:
             if "of_bound" in row:
                 setting = (row["provider"], run["case"]["dtype"], str(run["case"]["rank"]))
-                found.setdefault(setting, {}).setdefault(row["op"], []).append(row["of_bound"])
-    operators = ["reflect_fwd", "reflect_dx", "reflect_bwd"]
-    lines = [
-        [*setting, *(f"{100 * statistics.median(values[name]):.0f} %" if name in values else "" for name in operators)]
-        for setting, values in found.items()
-    ]
-    return "The operators as a share of the copy bound (median over the shapes):\n\n" + _markdown(
-        ["backend", "dtype", "R", "forward", "dx only", "backward"], lines
+                found.setdefault(setting, {}).setdefault(run["case"]["name"], {})[row["op"]] = row["of_bound"]
+
+    def cell(shares: dict[str, float]) -> str:
+        return (
+            " / ".join(f"{100 * shares[name]:.0f}" if name in shares else "-" for name in operators) if shares else ""
+        )
+
+    lines = [[*setting, *(cell(by_shape.get(name, {})) for name in shapes)] for setting, by_shape in found.items()]
+    return (
+        "The operators' share of the copy bound, per cent: forward / dx only / backward (rows x features are the "
+        "first two numbers of a shape):\n\n" + _markdown(["backend", "dtype", "R", *shapes], lines)
     )
 
 

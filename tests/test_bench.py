@@ -217,10 +217,10 @@ def test_every_level_leaves_a_file_a_table_and_plots(level, tmp_path, capsys):
     assert content["level"] == level and meta["versions"]["torch"] and meta["cpu"]["threads"] == 1
     assert level == "numerics" or list(out.glob(f"{level}*.svg"))
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:results -->\nold\n<!-- /bench:results -->\nafter\n")
+    readme.write_text("before\n<!-- bench:results -->\nstale\n<!-- /bench:results -->\nafter\n")
     assert cli.main(["report", "--results", str(out.parent), "--readme", str(readme)]) == 0
     filled = readme.read_text()
-    assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled
+    assert filled.startswith("before\n") and filled.endswith("after\n") and "stale" not in filled
     assert "### machine" in filled and (level == "scaling" or "| --- |" in filled)
 
 
