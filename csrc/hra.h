@@ -26,6 +26,7 @@ struct ReflectFwdParams {
   int64_t stride_ym, stride_xm;
   DType dtype;  // of x and y
   bool transpose;
+  int64_t slice = 0;  // cuda: columns that one block of a cluster holds (512, 1024, 2048); 0: two sweeps over x
 };
 
 struct ReflectBwdParams {
@@ -41,6 +42,7 @@ struct ReflectBwdParams {
   int64_t stride_dxm, stride_dym, stride_xm;
   DType dtype;  // of x, dy and dx
   bool transpose;
+  int64_t slice = 0;  // cuda: as above, 512 or 1024; without dt the forward's
 };
 
 struct WyFactorFwdParams {

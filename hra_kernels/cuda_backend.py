@@ -4,12 +4,15 @@ Nothing in csrc/cuda/ has run on a GPU yet: it is tested on the CPU emulation (t
 name (`HRA_BACKEND=cuda` or `use_backend("cuda")`). `hra_kernels.reference` is the specification.
 """
 
+import contextlib
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from hra_kernels.tuning import select_slice
 
 try:
     _cuda = import_module("hra_kernels._cuda")
@@ -27,6 +30,10 @@ def _rows(op: str, name: str, rows: Tensor) -> Tensor:
             f"{op}: {name} must be (M, D) with contiguous rows, got shape {tuple(rows.shape)}, strides {rows.stride()}"
         )
     return rows
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class CudaBackend:
@@ -55,11 +62,9 @@ class CudaBackend:
         return None
 
     def _launch(self, function, device: torch.device, *arguments) -> None:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                function(*arguments, torch.cuda.current_stream(device).cuda_stream)
-        else:
-            function(*arguments, 0)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        with _on_device(device):
+            function(*arguments, stream)
 
     def wy_factors(self, us: Sequence[Tensor], apply_gs: Sequence[bool]) -> list[tuple[Tensor, Tensor]]:
         """`reference.wy_factor` of many layers on one device, in one launch for every 32 of them."""
@@ -100,7 +105,8 @@ class CudaBackend:
         v, t = v.contiguous(), t.contiguous()
         pointers = [tensor.data_ptr() for tensor in (y, p, x, v, t)]
         sizes = (size_m, size_d, rank, size_d, x.stride(0))
-        self._launch(self._native.reflect_fwd, x.device, *pointers, *sizes, _CODES[x.dtype], transpose)
+        slice_d = select_slice("forward", rank, size_d)
+        self._launch(self._native.reflect_fwd, x.device, *pointers, *sizes, _CODES[x.dtype], transpose, slice_d)
         return y, p
 
     def reflect_dx(self, dy: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:
@@ -118,6 +124,7 @@ class CudaBackend:
         size_m, size_d = dy.shape
         rank = v.shape[0]
         code = _CODES[dy.dtype]
+        slice_d = select_slice("forward" if x is None else "backward", rank, size_d)
         dx = torch.empty((size_m, size_d), dtype=dy.dtype, device=dy.device)
         v, t = v.contiguous(), t.contiguous()
         dv = dt = workspace = None
@@ -127,7 +134,8 @@ class CudaBackend:
             p = p.contiguous()
             dv = torch.empty((rank, size_d), dtype=torch.float32, device=dy.device)
             dt = torch.empty((rank, rank), dtype=torch.float32, device=dy.device)
-            workspace_bytes = self._native.reflect_bwd_workspace_bytes(size_m, size_d, rank, code)
+            with _on_device(dy.device):  # the plan is the device's
+                workspace_bytes = self._native.reflect_bwd_workspace_bytes(size_m, size_d, rank, code, slice_d)
             workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=dy.device)
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (dx, dv, dt, dy, x, v, t, p)]
         strides = (size_d, dy.stride(0), size_d if x is None else x.stride(0))
@@ -135,7 +143,7 @@ class CudaBackend:
             self._native.reflect_bwd,
             dy.device,
             *pointers,
-            *(size_m, size_d, rank, *strides, code, transpose),
+            *(size_m, size_d, rank, *strides, code, transpose, slice_d),
             0 if workspace is None else workspace.data_ptr(),
             workspace_bytes,
         )

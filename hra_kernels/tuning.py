@@ -1,7 +1,9 @@
-"""Launch configurations of the Triton kernels: frozen data, chosen by shape alone, no autotuning on a user's call.
+"""How the GPU kernels are launched: frozen data, chosen by shape alone, no autotuning on a user's call.
+
+`CONFIGS` is for Triton, `SLICES` for CUDA.
 
 NOT YET MEASURED ON A GPU. Each line's comment is the reasoning it rests on; `python -m bench.gpu.tune` measures and
-writes this table anew. What CI checks today: every line compiles for sm_80, sm_90, sm_100, sm_120 and gfx942 with no
+writes both tables anew. What CI checks today: every line compiles for sm_80, sm_90, sm_100, sm_120 and gfx942 with no
 spill, with matrix instructions and 16-byte accesses; `python -m tests.triton_machine_code` prints the registers.
 
 The reasoning, for an H100 (132 multiprocessors, 50 MB of L2, 3.0 TB/s):
@@ -111,6 +113,30 @@ SHAPES_OF_EVERY_LINE = ((64, 4096), (8192, 2048), (8192, 4096), (8192, 16384))
 """(M, D) that between them reach every line of `CONFIGS`."""
 
 
+# {(pass of the CUDA kernels, rank padded to 8 or 16): [(largest D, slice), ...]}; the first line that fits serves. The
+# reasoning is in bench/gpu/notes.md.
+SLICES = {
+    ("forward", 8): [
+        (4096, 512),
+        (8192, 1024),
+        (32768, 2048),
+    ],
+    ("forward", 16): [
+        (4096, 512),
+        (8192, 1024),
+        (32768, 2048),
+    ],
+    ("backward", 8): [
+        (4096, 512),
+        (16384, 1024),
+    ],
+    ("backward", 16): [
+        (4096, 512),
+        (16384, 1024),
+    ],
+}
+
+
 def factor_warps(block_r: int) -> int:
     """Warps of `chain_factor_kernel`: 4 spill on sm_100 at R = 256 (16 columns of t are 32 float32 a thread)."""
     return 8 if block_r > 128 else 4
@@ -120,3 +146,12 @@ def select_config(kernel: str, element_size: int, block_r: int, M: int, D: int) 
     """The first line of the table that fits."""
     lines = CONFIGS[kernel, element_size, block_r]
     return next(config for most_m, most_d, config in lines if most_m >= M and most_d >= D)
+
+
+def select_slice(direction: str, rank: int, D: int) -> int:
+    """Columns of x that one block of a cluster holds on chip, for `direction` "forward" or "backward"; 0: two sweeps.
+
+    A wish: csrc/cuda/cluster.h falls back to the sweeps where it cannot be (float32, before sm_90).
+    """
+    lines = SLICES[direction, 8 if rank <= 8 else 16] if rank <= 16 else []
+    return next((size for most_d, size in lines if most_d >= D), 0)

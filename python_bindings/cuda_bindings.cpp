@@ -1,5 +1,6 @@
-// hra_kernels._cuda: device pointers and sizes in, checked here, passed on to csrc/hra.h (namespace cuda). The same
-// source, with HRA_EMULATION, is the module `_emulated`, whose device is the model in csrc/cuda/emulation.
+// hra_kernels._cuda: device pointers and sizes in, checked here, passed on to
+// csrc/hra.h (namespace cuda). The same source, with HRA_EMULATION, is the
+// module `_emulated`, whose device is the model in csrc/cuda/emulation.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,6 +46,14 @@ void check_sizes(const char* op, int64_t M, int64_t D, int64_t R) {
   }
 }
 
+// 0 asks for the sweeps; a slice that cannot run here gets them too.
+int64_t slice_of(const char* op, int64_t slice) {
+  if (slice != 0 && slice != 512 && slice != 1024 && slice != 2048) {
+    reject(op, "slice", "0, 512, 1024 or 2048", std::to_string(slice));
+  }
+  return slice;
+}
+
 // Null is for tensors without elements.
 void* pointer(const char* op, const char* name, uintptr_t value, int64_t elements) {
   if (value == 0 && elements > 0) reject(op, name, "a pointer to " + std::to_string(elements) + " elements", "null");
@@ -56,7 +65,7 @@ void check_stride(const char* op, const char* name, int64_t stride, int64_t leas
 }
 
 void reflect_fwd(uintptr_t y, uintptr_t p, uintptr_t x, uintptr_t v, uintptr_t t, int64_t M, int64_t D, int64_t R,
-                 int64_t stride_ym, int64_t stride_xm, int dtype, bool transpose, uintptr_t stream) {
+                 int64_t stride_ym, int64_t stride_xm, int dtype, bool transpose, int64_t slice, uintptr_t stream) {
   const char* op = "reflect_fwd";
   check_sizes(op, M, D, R);
   check_stride(op, "stride_ym", stride_ym, D, M);
@@ -74,11 +83,12 @@ void reflect_fwd(uintptr_t y, uintptr_t p, uintptr_t x, uintptr_t v, uintptr_t t
   params.stride_xm = stride_xm;
   params.dtype = dtype_of(op, dtype);
   params.transpose = transpose;
+  params.slice = slice_of(op, slice);
   const py::gil_scoped_release release;
   check(op, hra::cuda::reflect_fwd(params, reinterpret_cast<void*>(stream)));
 }
 
-hra::ReflectBwdParams backward_sizes(int64_t M, int64_t D, int64_t R, int dtype) {
+hra::ReflectBwdParams backward_sizes(int64_t M, int64_t D, int64_t R, int dtype, int64_t slice) {
   const char* op = "reflect_bwd";
   check_sizes(op, M, D, R);
   hra::ReflectBwdParams params{};
@@ -86,21 +96,22 @@ hra::ReflectBwdParams backward_sizes(int64_t M, int64_t D, int64_t R, int dtype)
   params.D = D;
   params.R = R;
   params.dtype = dtype_of(op, dtype);
+  params.slice = slice_of(op, slice);
   return params;
 }
 
-int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, int dtype) {
+int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, int dtype, int64_t slice) {
   int64_t bytes = 0;
-  check("reflect_bwd", hra::cuda::reflect_bwd_workspace_bytes(backward_sizes(M, D, R, dtype), bytes));
+  check("reflect_bwd", hra::cuda::reflect_bwd_workspace_bytes(backward_sizes(M, D, R, dtype, slice), bytes));
   return bytes;
 }
 
 void reflect_bwd(uintptr_t dx, uintptr_t dv, uintptr_t dt, uintptr_t dy, uintptr_t x, uintptr_t v, uintptr_t t,
                  uintptr_t p, int64_t M, int64_t D, int64_t R, int64_t stride_dxm, int64_t stride_dym,
-                 int64_t stride_xm, int dtype, bool transpose, uintptr_t workspace, int64_t workspace_bytes,
-                 uintptr_t stream) {
+                 int64_t stride_xm, int dtype, bool transpose, int64_t slice, uintptr_t workspace,
+                 int64_t workspace_bytes, uintptr_t stream) {
   const char* op = "reflect_bwd";
-  hra::ReflectBwdParams params = backward_sizes(M, D, R, dtype);
+  hra::ReflectBwdParams params = backward_sizes(M, D, R, dtype, slice);
   check_stride(op, "stride_dxm", stride_dxm, D, M);
   check_stride(op, "stride_dym", stride_dym, 0, M);
   check_stride(op, "stride_xm", stride_xm, 0, M);
@@ -163,7 +174,8 @@ void wy_factor_bwd(const std::vector<GradientLayer>& layers, uintptr_t stream) {
 }
 
 #ifdef HRA_EMULATION
-// (blocks, blocks per cluster, bytes of shared memory) of each launch since the last call
+// (blocks, blocks per cluster, bytes of shared memory) of each launch since the
+// last call
 std::vector<std::tuple<unsigned, unsigned, size_t>> launches() {
   std::vector<std::tuple<unsigned, unsigned, size_t>> result;
   for (const auto& shape : hra::emulation::take_launches()) {
@@ -182,16 +194,19 @@ PYBIND11_MODULE(HRA_MODULE_NAME, m) {
   m.doc() = "CUDA kernels of hra_kernels; see csrc/hra.h.";
   m.attr("MAX_RANK") = hra::cuda::kMaxRank;
   m.def("reflect_fwd", &reflect_fwd, "y"_a, "p"_a, "x"_a, "v"_a, "t"_a, "M"_a, "D"_a, "R"_a, "stride_ym"_a,
-        "stride_xm"_a, "dtype"_a, "transpose"_a, "stream"_a);
-  m.def("reflect_bwd_workspace_bytes", &reflect_bwd_workspace_bytes, "M"_a, "D"_a, "R"_a, "dtype"_a);
+        "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "stream"_a);
+  m.def("reflect_bwd_workspace_bytes", &reflect_bwd_workspace_bytes, "M"_a, "D"_a, "R"_a, "dtype"_a, "slice"_a);
   m.def("reflect_bwd", &reflect_bwd, "dx"_a, "dv"_a, "dt"_a, "dy"_a, "x"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,
-        "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "workspace"_a, "workspace_bytes"_a,
-        "stream"_a);
+        "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "workspace"_a,
+        "workspace_bytes"_a, "stream"_a);
   m.def("wy_factor_fwd", &wy_factor_fwd, "layers"_a, "stream"_a);
   m.def("wy_factor_bwd", &wy_factor_bwd, "layers"_a, "stream"_a);
 #ifdef HRA_EMULATION
-  m.def("launches", &launches, "(blocks, blocks per cluster, shared bytes) of each launch since the last call.");
+  m.def("launches", &launches,
+        "(blocks, blocks per cluster, shared bytes) of each launch since the "
+        "last call.");
   m.def("emulate", &emulate, "seed"_a, "capability"_a,
-        "Chooses the schedule and the compute capability (times ten) of the launches that follow.");
+        "Chooses the schedule and the compute capability (times ten) of the "
+        "launches that follow.");
 #endif
 }

@@ -8,6 +8,7 @@ emulation.
 """
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -31,6 +33,7 @@ _INSTRUCTIONS = {
     "load16": r"LDG\.E\.(?:\w+\.)*128",
     "store16": r"STG\.E\.(?:\w+\.)*128",
     "cluster": r"UCGABAR_ARV",
+    "send16": r"STAS\.128",
     "local": r"(?:LDL|STL)\b",
 }
 
@@ -121,8 +124,9 @@ def kernels(module: Path) -> list[Kernel]:
     return found
 
 
-def launches(op: str, D: int, R: int, dtype: torch.dtype, capability: int, rows: int = 16):
-    """(blocks, blocks per cluster, shared bytes) of each launch of an op on the emulation."""
+def launches(op: str, D: int, R: int, dtype: torch.dtype, capability: int, size: int, rows: int = 16):
+    """(blocks, blocks per cluster, shared bytes) of each launch of an op on the emulation with one slice."""
+    from hra_kernels import tuning
     from hra_kernels.cuda_backend import CudaBackend
 
     native = emulation.emulated()
@@ -130,14 +134,16 @@ def launches(op: str, D: int, R: int, dtype: torch.dtype, capability: int, rows:
     backend = CudaBackend(native, "cpu")
     x, v, t = torch.zeros(rows, D, dtype=dtype), torch.zeros(R, D), torch.zeros(R, R)
     native.launches()
-    if op == "forward":
-        backend.reflect_fwd(x, v, t, True)
-    else:
-        backend.reflect_bwd(x, x, v, t, torch.zeros(rows, R), True)
+    with mock.patch.dict(tuning.SLICES, {key: [(tuning.WIDE, size)] for key in tuning.SLICES}):
+        if op == "forward":
+            backend.reflect_fwd(x, v, t, True)
+        else:
+            backend.reflect_bwd(x, x, v, t, torch.zeros(rows, R), True)
     return native.launches()
 
 
-SHAPES = [(2048, 8), (4096, 8), (4096, 16), (4096, 32), (4096, 64), (8192, 8), (16384, 8)]
+SLICES = (0, 512, 1024, 2048)
+SHAPES = [(2048, 8), (4096, 8), (4096, 16), (4096, 32), (4096, 64), (8192, 8), (16384, 8), (16384, 16)]
 
 
 def main() -> None:
@@ -149,10 +155,10 @@ def main() -> None:
         print(kernel)
     for op in ("forward", "backward"):
         for capability in SHARED_LIMIT:
-            for D, R in SHAPES:
-                shapes = launches(op, D, R, torch.bfloat16, capability)
-                described = ", ".join(f"cluster {cluster} {size} B" for _, cluster, size in shapes)
-                print(f"{op:8s} bfloat16 D {D:5d} R {R:2d} capability {capability / 10}: {described}")
+            for (D, R), size in itertools.product(SHAPES, SLICES):
+                shapes = launches(op, D, R, torch.bfloat16, capability, size)
+                described = ", ".join(f"cluster {cluster} {memory} B" for _, cluster, memory in shapes)
+                print(f"{op:8s} bfloat16 D {D:5d} R {R:2d} slice {size:4d} sm {capability}: {described}")
 
 
 if __name__ == "__main__":

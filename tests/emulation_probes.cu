@@ -173,36 +173,44 @@ bool unwritten_shared_ok() {
   return out_is(kThreads, [](int i) { return global.in[i]; });
 }
 
-// Four blocks add up what each of them holds, twice.
-void cluster_sum(bool first_meeting, bool two_copies, bool last_meeting) {
-  auto* shared = reinterpret_cast<float*>(dynamic_shared());
-  const int rank = static_cast<int>(cluster_rank());
+// Four blocks add up what each of them holds, in four rounds of messages.
+void cluster_sum(bool first_meeting, bool two_copies, bool last_wait, bool armed, int bytes) {
+  auto* slots = reinterpret_cast<float4*>(dynamic_shared());  // (2, 4, 32)
+  auto* mailboxes = reinterpret_cast<Mailbox*>(slots + 256);
+  const int rank = static_cast<int>(cluster_rank()), lane = tid() % 32;
+  if (tid() < 2) mailbox_init(mailboxes + tid());
   if (first_meeting) HRA_CLUSTER_BARRIER();
   float sum = 0;
   for (int round = 0; round < 4; ++round) {
-    float* slots = shared + (two_copies ? round % 2 : 0) * 4 * kThreads;
-    for (int other = 0; other < 4; ++other) {
-      store_in_cluster(slots + rank * kThreads + tid(), other, global.in[(128 * round + 32 * rank + tid()) % 512]);
+    float4* arriving = slots + (two_copies ? round % 2 : 0) * 128;
+    Mailbox* mailbox = mailboxes + round % 2;
+    if (tid() == 0 && armed) mailbox_expect(mailbox, bytes);
+    __syncthreads();            // all warps have read the last round's
+    if (tid() / 32 % 3 == 0) {  // the first warp to two blocks, the last one to the others
+      for (int to = tid() / 64 * 2; to < tid() / 64 * 2 + 2; ++to) {
+        send_in_cluster(arriving + 32 * rank + lane, mailbox, to, {global.in[128 * round + 32 * rank + lane], 0, 0, 0});
+      }
     }
-    if (last_meeting || round < 3) HRA_CLUSTER_BARRIER();
-    for (int other = 0; other < 4; ++other) sum += slots[other * kThreads + tid()];
+    if (last_wait || round < 3) mailbox_wait(mailbox, round / 2 % 2);
+    for (int i = 0; i < 20 * rank; ++i) sync_warp();  // blocks do not keep step
+    for (int from = 0; from < 4; ++from) sum += arriving[32 * from + lane].x;
   }
   global.out[rank * kThreads + tid()] = sum;
 }
 bool cluster_ok() {
   return out_is(4 * kThreads, [](int i) {
     float sum = 0;
-    for (int round = 0; round < 4; ++round) {
-      for (int other = 0; other < 4; ++other) sum += global.in[(128 * round + 32 * other + i % kThreads) % 512];
-    }
+    for (int k = 0; k < 16; ++k) sum += global.in[32 * k + i % 32];
     return sum;
   });
 }
-void cluster_not_met() { cluster_sum(!planted, true, true); }
-void cluster_single_copy() { cluster_sum(true, !planted, true); }
-void cluster_ended() { cluster_sum(true, true, !planted); }
+void cluster_not_met() { cluster_sum(!planted, true, true, true, 2048); }
+void cluster_single_copy() { cluster_sum(true, !planted, true, true, 2048); }
+void cluster_ended() { cluster_sum(true, true, !planted, true, 2048); }
+void mailbox_not_armed() { cluster_sum(true, true, true, !planted, 2048); }
+void mailbox_overfilled() { cluster_sum(true, true, true, true, planted ? 2040 : 2048); }
 
-// Rows of a against rows of b through ldmatrix and mma.sync, and b again through the transposing load.
+// Rows of a against rows of b through ldmatrix and mma.sync, and b again through the transposing load and in registers.
 void fragments() {
   auto* a = reinterpret_cast<bf16*>(dynamic_shared());  // (16, 16)
   auto* b = a + 256;                                    // (8, 16): b's columns as rows
@@ -215,13 +223,15 @@ void fragments() {
     c[i % 16 * 8 + i / 16].bits = bits;
   }
   __syncthreads();
-  uint32_t a_registers[4], b_registers[2], again[2];
+  uint32_t a_registers[4], b_registers[2], again[2], transposed[2];
   ldmatrix<4, false>(a_registers, a + lane % 16 * 16 + lane / 16 * 8);
   ldmatrix<2, false>(b_registers, b + lane % 8 * 16 + lane / 8 % 2 * 8);
   ldmatrix<2, true>(again, c + lane % 16 * 8);
+  ldmatrix<2, true>(transposed, b + lane % 8 * 16 + lane / 8 % 2 * 8);
   float sum[4] = {};
   mma(sum, a_registers, b_registers);
-  const bool same = b_registers[0] == again[0] && b_registers[1] == again[1];
+  bool same = true;
+  for (int i = 0; i < 2; ++i) same &= b_registers[i] == again[i] && transpose_8x8(b_registers[i]) == transposed[i];
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     if (tid() < 32) global.out[(planted ? row * 8 + 7 - column : row * 8 + column)] = same ? sum[i] : NAN;
@@ -260,6 +270,8 @@ const Probe kProbes[] = {
     {"cluster_not_met", cluster_not_met, cluster_ok, 4},
     {"cluster_single_copy", cluster_single_copy, cluster_ok, 4},
     {"cluster_ended", cluster_ended, cluster_ok, 4},
+    {"mailbox_not_armed", mailbox_not_armed, cluster_ok, 4},
+    {"mailbox_overfilled", mailbox_overfilled, cluster_ok, 4},
 };
 
 }  // namespace
@@ -278,7 +290,7 @@ int main(int count, char** arguments) {
     shape.grid = {probe.cluster, 1, 1};
     shape.threads = kThreads;
     shape.cluster = probe.cluster;
-    shape.shared_bytes = 4096;
+    shape.shared_bytes = probe.cluster > 1 ? 4096 + 2 * sizeof(Mailbox) : 4096;
     const std::string error = hra::emulation::run(shape, probe.kernel);
     std::puts(!error.empty() ? error.c_str() : probe.ok() ? "ok" : "wrong");
     return 0;

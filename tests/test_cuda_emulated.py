@@ -9,7 +9,7 @@ import zlib
 import pytest
 import torch
 
-from hra_kernels import ops, reference
+from hra_kernels import ops, reference, tuning
 from hra_kernels.cuda_backend import CudaBackend
 from tests import emulation
 from tests.test_accuracy import (  # noqa: F401
@@ -51,6 +51,12 @@ def on_backend(native, backend_module, request, monkeypatch):
 @pytest.fixture
 def device():
     return torch.device("cpu")
+
+
+def set_slice(monkeypatch, size):
+    """One slice for all that the CUDA backend does; 0 is the sweeps."""
+    for key in tuning.SLICES:
+        monkeypatch.setitem(tuning.SLICES, key, [(tuning.WIDE, size)])
 
 
 def all_results(kernels, x, dy, v, t, transpose):
@@ -97,34 +103,71 @@ def test_sweeps_under_every_schedule(native, backend_module, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "shape",
-    [(70, 1000, 8, None), (33, 301, 3, None), (20, 1100, 13, 1112)],
+    [(104, 1000, 8, None), (33, 301, 3, None), (20, 1100, 13, 1112)],
     ids=["2-blocks", "1-block-odd-columns", "3-blocks-ragged-last-vector"],
 )
-def test_clusters_under_every_schedule(native, backend_module, shape, dtype):
+def test_clusters_under_every_schedule(native, backend_module, shape, dtype, monkeypatch):
+    """The first has more tiles than a cluster has places for, so that every place is used again."""
+    set_slice(monkeypatch, 512)
     check_every_schedule(native, backend_module, shape, dtype, capability=90)
 
 
-@pytest.mark.parametrize("shape", [(17, 4100, 8, None), (17, 8200, 5, None)], ids=["5-blocks", "9-blocks"])
-def test_wide_clusters(native, backend_module, shape):
-    """Slices of 1024 columns, up to 8 blocks, and clusters beyond 8."""
+@pytest.mark.parametrize(
+    ("size", "shape", "cluster"),
+    [
+        (512, (17, 4400, 8, None), 9),
+        (1024, (65, 1100, 5, None), 2),
+        (1024, (33, 2060, 16, 2064), 3),
+        (2048, (65, 1100, 8, None), 1),
+        (2048, (33, 2100, 16, None), 2),
+    ],
+)
+def test_every_slice(native, backend_module, size, shape, cluster, monkeypatch):
+    """Clusters of 1 block, of a few, and beyond the portable 8; the backward has no slices of 2048, and sweeps."""
+    set_slice(monkeypatch, size)
+    native.launches()
     check_every_schedule(native, backend_module, shape, torch.bfloat16, capability=90, seeds=(1, 4))
+    blocks = [launched[1] for launched in native.launches()]
+    forward, backward = blocks[0], blocks[1]
+    assert forward == cluster and backward == (cluster if size < 2048 else 1)
 
 
 def test_where_the_cluster_path_ends(native):
     """The workspace tells the paths apart: sweeps keep s and qm of every row there, clusters one share each."""
 
-    def floats_per_row(D, R, dtype_code, capability):
+    def floats_per_row(D, R, dtype_code, size, capability):
         native.emulate(0, capability)
-        few, many = (native.reflect_bwd_workspace_bytes(rows, D, R, dtype_code) for rows in (1 << 20, 1 << 21))
+        few, many = (native.reflect_bwd_workspace_bytes(rows, D, R, dtype_code, size) for rows in (1 << 20, 1 << 21))
         return (many - few) / 4 / (1 << 20)
 
-    for served in [(4096, 8, 2), (4096, 16, 3), (8192, 16, 2), (16384, 8, 2)]:
+    for served in [
+        (4096, 8, 2, 512),
+        (8192, 16, 3, 512),
+        (8192, 16, 2, 1024),
+        (16384, 8, 2, 1024),
+        (16384, 16, 2, 1024),
+    ]:
         assert floats_per_row(*served, capability=90) == 0, served
-    for not_served in [(16385, 8, 2), (16384, 16, 2), (4096, 17, 2), (4096, 8, 0)]:
+    for not_served in [
+        (16385, 8, 2, 1024),
+        (8193, 8, 2, 512),
+        (4096, 17, 2, 512),
+        (4096, 8, 0, 512),
+        (4096, 8, 2, 2048),
+        (4096, 8, 2, 0),
+    ]:
         assert floats_per_row(*not_served, capability=90) > 1, not_served
-    assert floats_per_row(4096, 8, 2, capability=80) > 1
+    assert floats_per_row(4096, 8, 2, 512, capability=80) > 1
     # a consumer GPU has clusters, and less shared memory
-    assert floats_per_row(8192, 8, 2, capability=120) > 1
+    assert floats_per_row(8192, 8, 2, 1024, capability=120) > 1
+
+
+def test_the_table_of_slices():
+    for direction in ("forward", "backward"):
+        assert tuning.select_slice(direction, 17, 4096) == tuning.select_slice(direction, 8, 2**20) == 0
+        for rank in (1, 8, 9, 16):
+            sizes = [tuning.select_slice(direction, rank, D) for D in (64, 2048, 4096, 8192, 16384)]
+            assert all(size in (512, 1024, 2048) for size in sizes) and sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize("seed", emulation.SEEDS)
@@ -143,7 +186,8 @@ def test_many_layers_in_one_launch(native, backend_module, seed):
         torch.testing.assert_close(t, exact_t, rtol=1e-6, atol=1e-7)
 
 
-def test_backward_in_x_alone_is_the_same(native, backend_module):
+def test_backward_in_x_alone_is_the_same(native, backend_module, monkeypatch):
+    set_slice(monkeypatch, 512)
     x, dy, v, t = make(40, 136, 8, torch.bfloat16)
     for transpose, capability in ((False, 80), (True, 80), (True, 90)):
         native.emulate(1, capability)
@@ -154,16 +198,18 @@ def test_backward_in_x_alone_is_the_same(native, backend_module):
 
 def test_nothing_outside_is_written(native, backend_module):
     """Results land in a view; the rows around them stay as they were."""
-    native.emulate(0, 80)
     M, D, R = 21, 100, 8
     x, _, v, t = make(M, D, R, torch.bfloat16)
     framed = torch.full((M + 2, D + 24), 7.0, dtype=torch.bfloat16)
     inner = framed[1 : M + 1, 8 : D + 8]
     p = torch.empty(M, R)
-    native.reflect_fwd(*(tensor.data_ptr() for tensor in (inner, p, x, v, t)), M, D, R, framed.stride(0), D, 2, True, 0)
-    assert torch.equal(inner, backend_module.reflect_fwd(x, v, t, True)[0])
-    inner.fill_(7.0)
-    assert (framed == 7.0).all()
+    pointers = [tensor.data_ptr() for tensor in (inner, p, x, v, t)]
+    for capability, size in ((80, 0), (90, 512)):
+        native.emulate(0, capability)
+        native.reflect_fwd(*pointers, M, D, R, framed.stride(0), D, 2, True, size, 0)
+        torch.testing.assert_close(inner, reference.reflect_fwd(x, v, t, True)[0])
+        inner.fill_(7.0)
+        assert (framed == 7.0).all()
 
 
 def test_what_the_kernels_do_not_take(backend_module):
@@ -176,12 +222,14 @@ def test_what_the_kernels_do_not_take(backend_module):
 
 def test_bad_arguments_are_named(native):
     with pytest.raises(ValueError, match="reflect_fwd: R must be between 0 and 64, got 65"):
-        native.reflect_fwd(0, 0, 0, 0, 0, 0, 0, 65, 0, 0, 0, False, 0)
+        native.reflect_fwd(0, 0, 0, 0, 0, 0, 0, 65, 0, 0, 0, False, 0, 0)
     with pytest.raises(ValueError, match="reflect_fwd: y must be a pointer to 6 elements, got null"):
-        native.reflect_fwd(0, 0, 16, 16, 16, 2, 3, 1, 3, 3, 0, False, 0)
+        native.reflect_fwd(0, 0, 16, 16, 16, 2, 3, 1, 3, 3, 0, False, 0, 0)
     with pytest.raises(ValueError, match="reflect_fwd: stride_ym must be at least 3, got 2"):
-        native.reflect_fwd(16, 0, 16, 16, 16, 2, 3, 1, 2, 3, 0, False, 0)
+        native.reflect_fwd(16, 0, 16, 16, 16, 2, 3, 1, 2, 3, 0, False, 0, 0)
     with pytest.raises(ValueError, match="reflect_bwd: dtype must be"):
-        native.reflect_bwd_workspace_bytes(1, 1, 1, 1)
+        native.reflect_bwd_workspace_bytes(1, 1, 1, 1, 0)
+    with pytest.raises(ValueError, match="reflect_bwd: slice must be 0, 512, 1024 or 2048, got 256"):
+        native.reflect_bwd_workspace_bytes(1, 1, 1, 2, 256)
     with pytest.raises(ValueError, match="reflect_bwd: workspace_bytes must be at least"):
-        native.reflect_bwd(*[16] * 8, 1, 1, 1, 1, 1, 1, 0, False, 16, 4, 0)
+        native.reflect_bwd(*[16] * 8, 1, 1, 1, 1, 1, 1, 0, False, 0, 16, 4, 0)

@@ -9,11 +9,12 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 
-from hra_kernels import reference
+from hra_kernels import reference, tuning
 from hra_kernels.cuda_backend import CudaBackend
 from tests import emulation
 from tests.test_cuda_emulated import check_every_schedule
@@ -38,6 +39,8 @@ PROBES = {
     "shared_overrun": "wrote past its 4096 bytes of shared memory",
     "cluster_not_met": "before the cluster has met",
     "cluster_ended": "of a block that has ended",
+    "mailbox_not_armed": "waits at a mailbox",
+    "mailbox_overfilled": "more bytes than a mailbox expects",
 }
 
 
@@ -120,12 +123,16 @@ def test_kernels_under_sanitizers():
 # --- the kernels with one line changed --------------------------------------------------------------------------------
 
 SWEEP, CLUSTER = 80, 90
-ALIGNED, RAGGED, BLOCKS = (70, 264, 8, None), (33, 131, 3, None), (70, 1000, 8, None)
+ALIGNED, RAGGED, BLOCKS = (70, 264, 8, None), (33, 131, 3, None), (104, 1000, 8, None)
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
 def check(shape, dtype, capability):
-    return lambda native: check_every_schedule(native, CudaBackend(native, "cpu"), shape, dtype, capability)
+    def run(native):
+        with mock.patch.dict(tuning.SLICES, {key: [(tuning.WIDE, 512)] for key in tuning.SLICES}):
+            check_every_schedule(native, CudaBackend(native, "cpu"), shape, dtype, capability)
+
+    return run
 
 
 def check_factor(native):
@@ -163,15 +170,31 @@ MUTANTS = {
         "cluster_fwd.cu", "cluster_fwd.cu", "HRA_CLUSTER_BARRIER();", ";", check(BLOCKS, BF16, CLUSTER),
     ),
     "one copy of the exchange": (
-        "cluster.h", "cluster_fwd.cu", "tail.exchange + ((parity * cluster + rank)", "tail.exchange + ((rank)",
+        "cluster.h", "cluster_fwd.cu", "slots + copy * cluster * kParts + lane", "slots + lane",
         check(BLOCKS, BF16, CLUSTER),
     ),
-    "stage filled while it is in use": (
-        "cluster_bwd.cu", "cluster_bwd.cu", "__syncthreads();  // this tile is here", ";  //",
+    "one copy of the warps' parts": (
+        "cluster.h", "cluster_fwd.cu", "parts[copy]", "parts[0]", check(BLOCKS, BF16, CLUSTER),
+    ),
+    "parts added up before they are there": (
+        "cluster.h", "cluster_bwd.cu", "__syncthreads();\n    if (warp_id() < cluster)", "if (warp_id() < cluster)",
         check(BLOCKS, BF16, CLUSTER),
     ),
-    "coefficients read before they are stored": (
-        "cluster_bwd.cu", "cluster_bwd.cu", "__syncthreads();\n    accumulate_both", "accumulate_both",
+    "messages read before they are there": (
+        "cluster.h", "cluster_bwd.cu", "mailbox_wait(mailbox, turn / 2 % 2);", "", check(BLOCKS, BF16, CLUSTER),
+    ),
+    "the other phase awaited": (
+        "cluster.h", "cluster_fwd.cu", "turn / 2 % 2)", "turn % 2)", check(BLOCKS, BF16, CLUSTER),
+    ),
+    "x read before it is there": (
+        "cluster_bwd.cu", "cluster_bwd.cu", "cp_async_wait<0>();", "", check(BLOCKS, BF16, CLUSTER),
+    ),
+    "v's columns as they lie": (
+        "cluster.h", "cluster_fwd.cu", "return fragment_column(column + at);", "return column + at;",
+        check(BLOCKS, BF16, CLUSTER),
+    ),
+    "m as one term": (
+        "fragments.h", "cluster_bwd.cu", "mma_terms<2>(product[n]", "mma_terms<0>(product[n]",
         check(BLOCKS, BF16, CLUSTER),
     ),
     "float32 without its third term": (
@@ -190,7 +213,11 @@ MUTANTS = {
         "sweep_bwd.cu", "sweep_bwd.cu", "R, !to.m.transpose};", "R, to.m.transpose};", check(ALIGNED, BF16, SWEEP),
     ),
     "half of dv": (
-        "reflect_bwd.h", "cluster_bwd.cu", "accumulate_vectors(dv, x, qm, column);", "", check(BLOCKS, BF16, CLUSTER),
+        "reflect_bwd.h", "sweep_bwd.cu", "accumulate_vectors(dv, x, qm, column);", "", check(ALIGNED, BF16, SWEEP),
+    ),
+    "half of a cluster's dv": (
+        "cluster_bwd.cu", "cluster_bwd.cu", "add_vectors(dv, shared.x, qm_terms, column);", "",
+        check(BLOCKS, BF16, CLUSTER),
     ),
     "factor's corner with the wrong sign": (
         "wy_device.h", "wy.cu", "-scale * phi * (aa", "scale * phi * (aa", check_factor,

@@ -1,15 +1,17 @@
 // The single-pass path, for sm_90 and newer: a cluster of thread blocks holds whole rows on chip.
 //
 // Block `rank` of a cluster owns kSlice columns: its part of v lies in shared memory as bfloat16 terms for as long as
-// the block lives, and tiles of 16 rows pass through two cp.async stages. For each tile the blocks compute their parts
-// of x vᵀ, store them into every block's shared memory (distributed shared memory), meet once, and add up in the order
-// of the ranks: all blocks hold the same bits, and every element of x, y (dy, x, dx) crosses device memory once.
+// the block lives, and tiles of 16 rows pass through registers, each warp's own columns of them (fragments.h). For each
+// tile the blocks compute their parts of x vᵀ, send them into every block's shared memory (distributed shared memory)
+// and add up in the order of the ranks: all warps of all blocks hold the same bits, and every element of x, y (dy, x,
+// dx) crosses device memory once.
 //
-// Of the two copies of `exchange`, one is filled for tile i + 1 while slower blocks still read that of tile i; nobody
-// can be further ahead, since filling the same copy again takes a meeting that they attend after reading.
+// Blocks meet by messages: each has two mailboxes and two copies of the arriving parts, for even and odd tiles. A copy
+// is filled again for tile i + 2 only by a block that has all parts of tile i + 1, and a block sends its own part of
+// that when all its warps have read tile i's.
 #pragma once
 
-#include "reflect.h"
+#include "fragments.h"
 
 #if defined(HRA_EMULATION) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
 #define HRA_HAS_CLUSTERS
@@ -17,133 +19,169 @@
 
 namespace hra::cuda {
 
-using namespace device;
-
-constexpr int kClusterRows = 16;
-
 // Which cluster serves a problem. `clusters` 0: none does, and the sweeps take it.
 struct ClusterPlan {
   int slice = 0, cluster = 0;
-  int64_t clusters = 0;
-};
-
-// Parts of a cluster kernel's shared memory whose size is known at launch only.
-struct ClusterTail {
-  float* t;         // (R, R)
-  float* exchange;  // (2, cluster, 16, R)
-
-  static int64_t bytes(int64_t R, int64_t cluster) { return 4 * (R * R + 2 * cluster * kClusterRows * R) + 16; }
-
-  __device__ __forceinline__ ClusterTail(void* after, int R) {
-    t = static_cast<float*>(after);
-    exchange = t + R * R;
-  }
+  int64_t clusters = 0;  // that are launched; each takes tiles until none is left
 };
 
 template <typename T, int kRank, int kSlice>
-struct ClusterTiles {
-  static constexpr int kWarpColumns = kSlice / kWarps;
-  using XTile = RowTile<T, kClusterRows, kSlice>;
-  using VTile = TermTile<Split<T>::kV, kRank, kSlice>;
-  using CoefficientTile = TermTile<Split<T>::kV, kClusterRows, kPaddedRank<kRank>>;
+struct ClusterShared {
+  static constexpr int kWarpColumns = kSlice / kWarps, kParts = kRank / 8 * 32;
+  static_assert(Split<T>::kV == 2, "16-bit activations");
 
-  VTile v;
-  float parts[kWarps][kClusterRows][kRank];
+  TermTile<2, kRank, kSlice> v;  // columns in the order of fragment_column
+  MiddleTile m;
+  float4 parts[2][kWarps][kParts];  // of even and odd tiles: slow warps still read the last one's
+  alignas(16) Mailbox mailboxes[2];
+
+  // Behind this struct: the parts of all blocks, (2, cluster, kParts) as lanes hold them.
+  static constexpr int64_t exchange_bytes(int64_t cluster) { return 2 * cluster * kParts * int64_t{sizeof(float4)}; }
 
   static __device__ __forceinline__ int warp_column() { return warp_id() * kWarpColumns; }
 
-  // v's slice, and t; the caller's next barrier makes them visible.
-  __device__ __forceinline__ void load_factor(const ClusterTail& tail, const Rows<const float>& vectors,
-                                              const Middle& m, int64_t column0) {
-    constexpr int kPiece = 128;
+  // v's slice; the caller's next barrier makes it visible.
+  __device__ __forceinline__ void load_vectors(const Rows<const float>& vectors, int column0) {
+    constexpr int kInFlight = 8 * 4 * kThreads / kRank;  // 8 loads of 16 bytes a thread
+    constexpr int kPiece = kSlice < kInFlight ? kSlice : kInFlight;
     for (int column = 0; column < kSlice; column += kPiece) {
       VectorsInFlight<kRank, kPiece> flight;
       flight.fetch(vectors, column0 + column);
-      flight.put(v, column);
+      flight.put(v, [&](int at) { return fragment_column(column + at); });
     }
-    for (int i = thread_id(); i < m.R * m.R; i += kThreads) tail.t[i] = m.t[i];
   }
 
-  // This block's part of x vᵀ, to all blocks of the cluster; ends with the cluster's meeting.
-  __device__ __forceinline__ void project_and_exchange(const ClusterTail& tail, const XTile& x, int R, int parity,
-                                                       unsigned rank, int cluster) {
-    float sum[kRank / 8][4] = {};
-    project<kWarpColumns>(sum, x, v, 0, warp_column());
-    const int lane = lane_id();
+  // Before the cluster's first meeting.
+  __device__ __forceinline__ void open_mailboxes() {
+    if (thread_id() < 2) mailbox_init(&mailboxes[thread_id()]);
+  }
+
+  // The whole product of tile `turn` (0, 1, ...) from the parts of all warps of all blocks.
+  __device__ __forceinline__ void exchange(Result<kRank>& product, float4* slots, int turn, unsigned rank,
+                                           int cluster) {
+    const int lane = lane_id(), copy = turn % 2;
+    Mailbox* mailbox = &mailboxes[copy];
+    float4* arriving = slots + copy * cluster * kParts + lane;
+    auto& summands = parts[copy];
+    if (thread_id() == 0) mailbox_expect(mailbox, cluster * kParts * static_cast<int>(sizeof(float4)));
 #pragma unroll
     for (int n = 0; n < kRank / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        parts[warp_id()][lane / 4 + i / 2 * 8][8 * n + lane % 4 * 2 + i % 2] = sum[n][i];
-      }
+      summands[warp_id()][32 * n + lane] = {product[n][0], product[n][1], product[n][2], product[n][3]};
     }
     __syncthreads();
-    for (int i = thread_id(); i < kClusterRows * kRank; i += kThreads) {
-      const int row = i / kRank, column = i % kRank;
-      if (column >= R) continue;
-      float total = 0;
+    if (warp_id() < cluster) {
 #pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) total += parts[warp][row][column];
-      float* slot = tail.exchange + ((parity * cluster + rank) * kClusterRows + row) * R + column;
-      for (int other = 0; other < cluster; ++other) store_in_cluster(slot, other, total);
+      for (int n = 0; n < kRank / 8; ++n) {
+        float4 total = summands[0][32 * n + lane];
+#pragma unroll
+        for (int warp = 1; warp < kWarps; ++warp) add(total, summands[warp][32 * n + lane]);
+#pragma unroll 1
+        for (int to = warp_id(); to < cluster; to += kWarps) {
+          send_in_cluster(arriving + rank * kParts + 32 * n, mailbox, to, total);
+        }
+      }
     }
-    HRA_CLUSTER_BARRIER();
+    mailbox_wait(mailbox, turn / 2 % 2);
+#pragma unroll
+    for (int n = 0; n < kRank / 8; ++n) {
+      float4 total = arriving[32 * n];
+#pragma unroll 4
+      for (int other = 1; other < cluster; ++other) add(total, arriving[other * kParts + 32 * n]);
+      product[n][0] = total.x;
+      product[n][1] = total.y;
+      product[n][2] = total.z;
+      product[n][3] = total.w;
+    }
   }
 
-  // Entry (row, column) of the whole x vᵀ.
-  static __device__ __forceinline__ float exchanged(const ClusterTail& tail, int R, int parity, int cluster, int row,
-                                                    int column) {
-    float total = 0;
-    if (column < R) {
-      const float* part = tail.exchange + (parity * cluster * kClusterRows + row) * R + column;
-      for (int rank = 0; rank < cluster; ++rank) total += part[rank * kClusterRows * R];
-    }
-    return total;
+ private:
+  static __device__ __forceinline__ void add(float4& sum, const float4& term) {
+    sum.x += term.x;
+    sum.y += term.y;
+    sum.z += term.z;
+    sum.w += term.w;
   }
 };
+
+// --- the host's side ---
+
+// A matrix whose rows move 16 bytes at a time only if they end there.
+template <typename T, typename Void>
+Rows<T> cluster_rows(Void* ptr, int64_t rows, int64_t columns, int64_t stride) {
+  Rows<T> found = rows_of<T>(ptr, rows, columns, stride);
+  found.vectors &= columns % kVector<T> == 0;
+  return found;
+}
 
 template <int kSlice>
 struct Slice {
   static constexpr int value = kSlice;
 };
 
-// The first plan that fits: narrow slices before wide ones, and clusters that every GPU forms before larger ones.
-// `count(plan, shared bytes there are)` fills in how many clusters of a plan run at once, or leaves 0.
-template <typename Count>
-Status plan_clusters(int64_t M, int64_t D, int64_t R, DType dtype, Count count, ClusterPlan& plan) {
-  constexpr int kPortableCluster = 8, kLargestCluster = 16;
-  plan = {};
-  if (dtype == DType::kFloat32 || M == 0 || D == 0 || R == 0 || R > 16) return 0;
-  Device gpu;
-  if (Status status = current_device(gpu)) return status;
-  if (gpu.capability < 90) return 0;
-  auto attempt = [&](int slice, int largest) -> Status {
-    const int64_t cluster = ceil_div(D, slice);
-    if (plan.clusters > 0 || cluster > largest) return 0;
-    ClusterPlan candidate;
-    candidate.slice = slice;
-    candidate.cluster = static_cast<int>(cluster);
-    if (Status status = count(candidate, gpu.shared_bytes)) return status;
-    const int64_t row_tiles = ceil_div(M, kClusterRows);
-    if (candidate.clusters > row_tiles) candidate.clusters = row_tiles;
-    plan = candidate;
+// Calls visit(T{}, padded rank as a type, slice as a type) for the instantiation of `Pass` that serves a problem;
+// returns 0 without a call where there is none.
+template <typename Pass, typename Visitor>
+Status with_cluster_kernel(DType dtype, int64_t R, int64_t slice, Visitor visit) {
+  if (dtype == DType::kFloat32 || R == 0 || R > 16) return 0;
+  auto with_slice = [&](auto zero, auto rank) -> Status {
+    if (slice == 512) return visit(zero, rank, Slice<512>{});
+    if (slice == 1024) return visit(zero, rank, Slice<1024>{});
+    if constexpr (Pass::kWidestSlice >= 2048) {
+      if (slice == 2048) return visit(zero, rank, Slice<2048>{});
+    }
     return 0;
-  };
-  if (Status status = attempt(512, kPortableCluster)) return status;
-  if (Status status = attempt(1024, kPortableCluster)) return status;
-  return attempt(1024, kLargestCluster);
-}
-
-// Calls visit(T{}, padded rank as a type, slice as a type) for the instantiation that serves a plan.
-template <typename Visitor>
-Status with_cluster_kernel(DType dtype, int64_t R, int slice, Visitor visit) {
-  auto with_slice = [&](auto zero, auto rank) {
-    return slice == 512 ? visit(zero, rank, Slice<512>{}) : visit(zero, rank, Slice<1024>{});
   };
   auto with_narrow_rank = [&](auto zero) {
     return R <= 8 ? with_slice(zero, PaddedRank<8>{}) : with_slice(zero, PaddedRank<16>{});
   };
   return dtype == DType::kBFloat16 ? with_narrow_rank(bf16{}) : with_narrow_rank(fp16{});
+}
+
+template <typename Pass, typename T, int kRank, int kSlice>
+Launch how_to_launch(const ClusterPlan& plan, void* stream) {
+  using Shared = typename Pass::template Shared<T, kRank, kSlice>;
+  const int64_t bytes = sizeof(Shared) + Shared::exchange_bytes(plan.cluster);
+  return {plan.clusters * plan.cluster, 1, kThreads, bytes, stream, plan.cluster};
+}
+
+// Whether the slice that the caller wants can run here, and with how many clusters. The answer depends on nothing but
+// the sizes and the device, so a workspace sized by one call serves the next.
+template <typename Pass, typename Params>
+Status plan_cluster(const Params& params, ClusterPlan& plan) {
+  constexpr int kLargestCluster = 16;
+  plan = {};
+  if (params.slice <= 0 || params.M == 0 || params.D == 0) return 0;
+  const int64_t cluster = ceil_div(params.D, params.slice);
+  if (cluster > kLargestCluster) return 0;
+  return with_cluster_kernel<Pass>(
+      params.dtype, params.R, params.slice, [&](auto zero, auto rank, auto slice) -> Status {
+        constexpr int kRank = decltype(rank)::value, kSlice = decltype(slice)::value;
+        Device gpu;
+        if (Status status = current_device(gpu)) return status;
+        ClusterPlan found;
+        found.slice = kSlice;
+        found.cluster = static_cast<int>(cluster);
+        found.clusters = 1;
+        const Launch how = how_to_launch<Pass, decltype(zero), kRank, kSlice>(found, nullptr);
+        if (gpu.capability < 90 || how.shared_bytes > gpu.shared_bytes) return 0;
+        const auto kernel = Pass::template kernel<decltype(zero), kRank, kSlice>();
+        if (Status status = resident_clusters(kernel, how, found.clusters)) return status;
+        const int64_t row_tiles = ceil_div(params.M, kRowsOfWarp);
+        if (found.clusters > row_tiles) found.clusters = row_tiles;
+        plan = found;
+        return 0;
+      });
+}
+
+// Launches the kernel of a plan that has clusters.
+template <typename Pass, typename Params, typename Fill>
+Status launch_cluster(const Params& params, const ClusterPlan& plan, void* stream, Fill arguments_of) {
+  return with_cluster_kernel<Pass>(params.dtype, params.R, plan.slice, [&](auto zero, auto rank, auto slice) {
+    using T = decltype(zero);
+    constexpr int kRank = decltype(rank)::value, kSlice = decltype(slice)::value;
+    return launch(Pass::template kernel<T, kRank, kSlice>(), how_to_launch<Pass, T, kRank, kSlice>(plan, stream),
+                  arguments_of(zero));
+  });
 }
 
 // --- what cluster_fwd.cu and cluster_bwd.cu offer to reflect.cu ---

@@ -54,6 +54,13 @@ struct fp16 {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// An mbarrier in shared memory. One thread arms it for each phase with the bytes to come; the phase ends when blocks of
+// the cluster have sent that many, and phases count 0, 1, 0, ... Unlike a cluster's barrier it waits for nothing else:
+// a barrier with release semantics would first wait for all loads and stores in flight.
+struct Mailbox {
+  uint64_t state;
+};
+
 #ifdef HRA_EMULATION
 
 inline char* dynamic_shared() { return emulation::dynamic_shared(); }
@@ -77,10 +84,14 @@ template <int kCount, bool kTranspose>
 inline void ldmatrix(uint32_t (&registers)[kCount], const void* row) {
   emulation::ldmatrix(registers, kCount, kTranspose, row);
 }
+inline uint32_t transpose_8x8(uint32_t pair) { return emulation::movmatrix(pair); }
 inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { emulation::mma_bf16_16x8x16(c, a, b); }
 
-inline void store_in_cluster(float* local, unsigned rank, float value) {
-  *static_cast<float*>(emulation::map_shared(local, rank, sizeof(float))) = value;
+inline void mailbox_init(Mailbox* box) { emulation::mailbox_init(box); }
+inline void mailbox_expect(Mailbox* box, int bytes) { emulation::mailbox_expect(box, bytes); }
+inline void mailbox_wait(Mailbox* box, unsigned phase) { emulation::mailbox_wait(box, phase); }
+inline void send_in_cluster(float4* local, Mailbox* box, unsigned rank, const float4& value) {
+  emulation::send(local, box, rank, &value, sizeof(float4));
 }
 
 inline uint32_t pack_bf16(float low, float high) {
@@ -159,6 +170,13 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[kCount], const void* row)
   }
 }
 
+// Of an 8 x 8 matrix, lane 4 g + c has columns 2 c and 2 c + 1 of row g; it gets rows 2 c and 2 c + 1 of column g.
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t pair) {
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+}
+
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -179,11 +197,41 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void store_in_cluster(float* local, unsigned rank, float value) {
+__device__ __forceinline__ void mailbox_init(Mailbox* box) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned remote;
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void mailbox_expect(Mailbox* box, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void mailbox_wait(Mailbox* box, unsigned phase) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned complete = 0;
+  while (!complete) {
+    asm volatile(
+        "{\n\t.reg .pred done;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, done;\n\t}"
+        : "=r"(complete)
+        : "r"(shared_address(box)), "r"(phase)
+        : "memory");
+  }
+#endif
+}
+__device__ __forceinline__ void send_in_cluster(float4* local, Mailbox* box, unsigned rank, const float4& value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned remote, remote_box;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(local)), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_box) : "r"(shared_address(box)), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(remote_box)
+      : "memory");
 #endif
 }
 

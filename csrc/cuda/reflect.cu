@@ -1,5 +1,5 @@
-// Which kernels serve a reflection: the cluster path where a plan fits (sm_90, 16 bits, R <= 16, D <= 16384), else the
-// sweeps. This is the only place that chooses; plan_clusters() in cluster.h holds the conditions.
+// Which kernels serve a reflection: clusters of the slice that the caller asks for, where plan_cluster() in cluster.h
+// finds that they can run (sm_90, 16 bits, R <= 16, at most 16 blocks), else the sweeps.
 #include "cluster.h"
 #include "sweep.h"
 
@@ -22,7 +22,7 @@ Status reflect_bwd_workspace_bytes(const ReflectBwdParams& params, int64_t& byte
 Status reflect_bwd(const ReflectBwdParams& params, void* workspace, void* stream) {
   if (!params.dt_ptr) {
     return reflect_fwd({params.dx_ptr, nullptr, params.dy_ptr, params.v_ptr, params.t_ptr, params.M, params.D, params.R,
-                        params.stride_dxm, params.stride_dym, params.dtype, !params.transpose},
+                        params.stride_dxm, params.stride_dym, params.dtype, !params.transpose, params.slice},
                        stream);
   }
   ClusterPlan plan;

@@ -20,10 +20,6 @@ __device__ __forceinline__ int lane_id() { return thread_id() % 32; }
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
 
-// Matrix instructions take 16 vectors at a time; the second half of 8 is the first again, against coefficients of zero.
-template <int kRank>
-constexpr int kPaddedRank = kRank < 16 ? 16 : kRank;
-
 // kRows x kColumns activations.
 template <typename T, int kRows, int kColumns>
 struct alignas(16) RowTile {
@@ -85,6 +81,36 @@ __device__ __forceinline__ void load_tile(RowTile<T, kRows, kColumns>& tile, con
   }
 }
 
+// Issues the copies of a warp's own kColumns columns of a tile; as load_tile, and no other warp may read them.
+template <int kColumns, typename T, int kRows, int kTileColumns>
+__device__ __forceinline__ void load_warp_tile(RowTile<T, kRows, kTileColumns>& tile, const Rows<const T>& from,
+                                               int64_t row0, int64_t column0, int tile_column) {
+  constexpr int kPerRow = kColumns / kVector<T>, kRowsAtOnce = 32 / kPerRow;
+  static_assert(kRowsAtOnce * kPerRow == 32 && kRows % kRowsAtOnce == 0, "a lane keeps to its columns");
+  const int first = lane_id() / kPerRow, column = lane_id() % kPerRow * kVector<T>;
+  const int64_t left = from.columns - column0 - column, rows = from.rows - row0;
+  const int count = left <= 0 ? 0 : left < kVector<T> ? static_cast<int>(left) : kVector<T>;
+  const T* source = from.ptr + (row0 + first) * from.stride + column0 + column;
+  if (from.vectors) {
+#pragma unroll
+    for (int row = first; row < first + kRows; row += kRowsAtOnce) {
+      const bool inside = row < rows && count > 0;
+      cp_async_16(tile.at(row, tile_column + column), inside ? source : from.ptr,
+                  inside ? count * static_cast<int>(sizeof(T)) : 0);
+      source += kRowsAtOnce * from.stride;
+    }
+  } else {
+#pragma unroll 1
+    for (int row = first; row < kRows; row += kRowsAtOnce) {
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) {
+        *tile.at(row, tile_column + column + j) = row < rows && j < count ? source[j] : T{};
+      }
+      source += kRowsAtOnce * from.stride;
+    }
+  }
+}
+
 // Writes a warp's own kColumns columns of kRows rows of a tile to global memory.
 template <int kRows, int kColumns, typename T, int kTileRows, int kTileColumns>
 __device__ __forceinline__ void store_warp_tile(const Rows<T>& to, const RowTile<T, kTileRows, kTileColumns>& tile,
@@ -137,15 +163,20 @@ struct VectorsInFlight {
     }
   }
 
-  template <int kTerms, int kTileColumns>
-  __device__ __forceinline__ void put(TermTile<kTerms, kRank, kTileColumns>& tile, int tile_column = 0) const {
+  // `place(column)` is where an even column goes, and its neighbour after it.
+  template <int kTerms, int kTileColumns, typename Place>
+  __device__ __forceinline__ void put(TermTile<kTerms, kRank, kTileColumns>& tile, Place place) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int index = i * kThreads + thread_id();
-      const int row = index / kPerRow, column = tile_column + index % kPerRow * 4;
-      tile.put(row, column, values[i].x, values[i].y);
-      tile.put(row, column + 2, values[i].z, values[i].w);
+      const int row = index / kPerRow, column = index % kPerRow * 4;
+      tile.put(row, place(column), values[i].x, values[i].y);
+      tile.put(row, place(column + 2), values[i].z, values[i].w);
     }
+  }
+  template <int kTerms, int kTileColumns>
+  __device__ __forceinline__ void put(TermTile<kTerms, kRank, kTileColumns>& tile) const {
+    put(tile, [](int column) { return column; });
   }
 };
 
@@ -220,26 +251,14 @@ __device__ __forceinline__ void b_from_terms_transposed(uint32_t (&b)[2][kTerms]
   }
 }
 
-// The same for one n.
-template <int kTerms, int kRank, int kColumns>
-__device__ __forceinline__ void b_from_terms_transposed(uint32_t (&b)[kTerms][2],
-                                                        const TermTile<kTerms, kRank, kColumns>& tile, int row0,
-                                                        int column0) {
-  const int lane = lane_id();
-#pragma unroll
-  for (int term = 0; term < kTerms; ++term) {
-    ldmatrix<2, false>(b[term], tile.at(term, row0 + lane % 8, column0 + lane / 8 % 2 * 8));
-  }
-}
-
-// b (16, 8): 16 rows and 8 columns of terms as they lie; rows repeat where there are only 8.
+// b (16, 8): 16 rows and 8 columns of terms as they lie.
 template <int kTerms, int kRank, int kColumns>
 __device__ __forceinline__ void b_from_terms(uint32_t (&b)[kTerms][2], const TermTile<kTerms, kRank, kColumns>& tile,
                                              int row0, int column0) {
   const int lane = lane_id();
 #pragma unroll
   for (int term = 0; term < kTerms; ++term) {
-    ldmatrix<2, true>(b[term], tile.at(term, (row0 + lane % 16) % kRank, column0));
+    ldmatrix<2, true>(b[term], tile.at(term, row0 + lane % 16, column0));
   }
 }
 
@@ -276,13 +295,8 @@ __device__ __forceinline__ void project(float (&p)[kRank / 8][4], const RowTile<
   for (int k = 0; k < kWidth; k += 16) {
     uint32_t a[Split<T>::kX][4];
     a_from_rows(a, x, row0, column0 + k);
-    if constexpr (kRank == 8) {
-      uint32_t b[Split<T>::kV][2];
-      b_from_terms_transposed(b, v, 0, column0 + k);
-      mma_terms<Split<T>::kOrder>(p[0], a, b);
-    }
 #pragma unroll
-    for (int n = 0; n + 1 < kRank / 8; n += 2) {
+    for (int n = 0; n < kRank / 8; n += 2) {
       uint32_t b[2][Split<T>::kV][2];
       b_from_terms_transposed(b, v, 8 * n, column0 + k);
       mma_terms<Split<T>::kOrder>(p[n], a, b[0]);
@@ -294,11 +308,11 @@ __device__ __forceinline__ void project(float (&p)[kRank / 8][4], const RowTile<
 // One row block's s as fragments, kept in registers over the columns.
 template <typename T, int kRank>
 struct Coefficients {
-  static constexpr int kSteps = kPaddedRank<kRank> / 16;
+  static constexpr int kSteps = kRank / 16;
   uint32_t a[kSteps][Split<T>::kV][4];
 
   template <int kRows>
-  __device__ __forceinline__ void load(const TermTile<Split<T>::kV, kRows, kPaddedRank<kRank>>& s, int row0) {
+  __device__ __forceinline__ void load(const TermTile<Split<T>::kV, kRows, kRank>& s, int row0) {
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) a_from_terms(a[k], s, row0, 16 * k);
   }

@@ -75,6 +75,22 @@ void load_operation(void* const arguments[32], uint32_t) {
   }
 }
 
+struct TransposeArguments {
+  uint32_t pair, result;
+};
+
+void transpose_operation(void* const arguments[32], uint32_t) {
+  for (int lane = 0; lane < 32; ++lane) {
+    auto* mine = static_cast<TransposeArguments*>(arguments[lane]);
+    mine->result = 0;
+    for (int i = 0; i < 2; ++i) {
+      int row = 2 * (lane % 4) + i, column = lane / 4;
+      auto* from = static_cast<TransposeArguments*>(arguments[4 * row + column / 2]);
+      mine->result |= static_cast<uint32_t>(half_of(from->pair, column % 2)) << (16 * i);
+    }
+  }
+}
+
 void mma_operation(void* const arguments[32], uint32_t) {
   double a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
@@ -143,6 +159,12 @@ void ldmatrix(uint32_t* registers, int count, bool transpose, const void* row) {
   if (static_cast<int>(lane_index()) < 8 * count) check_shared(row, 16, "ldmatrix");
   LoadArguments arguments{registers, row, count, transpose};
   warp_collective("ldmatrix", kFullWarp, &arguments, load_operation);
+}
+
+uint32_t movmatrix(uint32_t pair) {
+  TransposeArguments arguments{pair, 0};
+  warp_collective("movmatrix", kFullWarp, &arguments, transpose_operation);
+  return arguments.result;
 }
 
 void mma_bf16_16x8x16(float c[4], const uint32_t a[4], const uint32_t b[2]) {

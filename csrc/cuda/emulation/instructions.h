@@ -15,6 +15,9 @@ double shuffle_xor(uint32_t mask, double value, int lane_mask);
 // `count` 8 x 8 matrices of 16-bit values: lane 8 i + j gives the address of row j of matrix i.
 void ldmatrix(uint32_t* registers, int count, bool transpose, const void* row);
 
+// The transpose of an 8 x 8 matrix of 16-bit values, of which lane 4 g + c has columns 2 c and 2 c + 1 of row g.
+uint32_t movmatrix(uint32_t pair);
+
 // c (16, 8) += a (16, 16) b (16, 8) in bfloat16 with float32 sums. Tensor cores do not document how they round the
 // sums; here each result is the exact sum rounded towards zero once, the least accurate rounding they are known to use.
 void mma_bf16_16x8x16(float c[4], const uint32_t a[4], const uint32_t b[2]);

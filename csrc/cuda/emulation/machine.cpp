@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <new>
 #include <utility>
@@ -63,6 +64,14 @@ struct Warp {
   void* arguments[kWarpSize] = {};
 };
 
+struct MailboxState {
+  Meeting meeting{"a mailbox"};
+  std::vector<Thread*> waiting;
+  bool armed = false;
+  int64_t bytes_to_come = 0;  // negative: sent before they were expected
+  unsigned phase = 0;
+};
+
 struct Block {
   Dim3 index;
   unsigned rank = 0;
@@ -71,6 +80,7 @@ struct Block {
   std::vector<Thread*> threads;
   char* allocation = nullptr;
   char* shared = nullptr;
+  std::map<size_t, MailboxState> mailboxes;  // by offset in shared memory
 };
 
 struct Machine {
@@ -182,6 +192,26 @@ Thread* pick() {
     return warp.threads[lane];
   }
   return nullptr;
+}
+
+MailboxState& mailbox_at(Block& block, size_t offset) {
+  auto found = block.mailboxes.find(offset);
+  if (found == block.mailboxes.end()) fail(place(*machine.current) + " uses a mailbox that was not initialised");
+  return found->second;
+}
+
+size_t offset_of(const void* box) {
+  check_shared(box, 8, "a mailbox");
+  return static_cast<size_t>(static_cast<const char*>(box) - machine.current->block->shared);
+}
+
+void end_phase_if_complete(MailboxState& box) {
+  if (!box.armed || box.bytes_to_come > 0) return;
+  if (box.bytes_to_come < 0) fail(place(*machine.current) + " sends more bytes than a mailbox expects");
+  box.armed = false;
+  ++box.phase;
+  for (Thread* thread : box.waiting) set_ready(*thread);
+  box.waiting.clear();
 }
 
 void begin_cluster(Dim3 first) {
@@ -344,6 +374,31 @@ void* map_shared(void* local, unsigned rank, size_t bytes) {
   }
   if (target.done) fail(place(self) + " reaches into the shared memory of a block that has ended");
   return target.shared + (static_cast<char*>(local) - self.block->shared);
+}
+
+void mailbox_init(void* box) { machine.current->block->mailboxes[offset_of(box)] = MailboxState{}; }
+
+void mailbox_expect(void* box, int bytes) {
+  MailboxState& state = mailbox_at(*machine.current->block, offset_of(box));
+  if (state.armed) fail(place(*machine.current) + " arms a mailbox twice in one phase");
+  state.armed = true;
+  state.bytes_to_come += bytes;
+  end_phase_if_complete(state);
+}
+
+void mailbox_wait(void* box, unsigned phase) {
+  MailboxState& state = mailbox_at(*machine.current->block, offset_of(box));
+  if (state.phase % 2 != phase) return;
+  state.waiting.push_back(machine.current);
+  wait_at(state.meeting);
+}
+
+void send(void* local, void* box, unsigned rank, const void* value, unsigned bytes) {
+  const size_t offset = offset_of(box);
+  std::memcpy(map_shared(local, rank, bytes), value, bytes);
+  MailboxState& state = mailbox_at(machine.blocks[rank], offset);
+  state.bytes_to_come -= bytes;
+  end_phase_if_complete(state);
 }
 
 void async_copy(void* destination, const void* source, unsigned bytes) {

@@ -8,7 +8,7 @@
 //     warps, odd seeds let one warp run as far ahead as it can, and the lanes of a warp run in either direction;
 //   - a barrier that some thread of the block has left, or reaches elsewhere, is an error, and so is a warp operation
 //     that names an exited lane, an access to another block's shared memory before the cluster has met or after that
-//     block has ended, a copy that nobody waited for, and a deadlock.
+//     block has ended, a mailbox that is sent more than it expects, a copy that nobody waited for, and a deadlock.
 // Not modelled: time, registers, bank conflicts, weak memory ordering, concurrency between clusters.
 #pragma once
 
@@ -62,6 +62,13 @@ void warp_collective(const char* what, uint32_t mask, void* arguments, WarpOpera
 
 // The address in block `rank` of the cluster that corresponds to `local` in this block.
 void* map_shared(void* local, unsigned rank, size_t bytes);
+
+// A barrier in shared memory: a phase ends when one thread has said how many bytes to expect and as many were sent.
+void mailbox_init(void* box);
+void mailbox_expect(void* box, int bytes);
+void mailbox_wait(void* box, unsigned phase);  // 0 or 1, as they alternate
+// Writes to the addresses in block `rank` that correspond to `local` and `box` in this block.
+void send(void* local, void* box, unsigned rank, const void* value, unsigned bytes);
 
 void async_copy(void* destination, const void* source, unsigned bytes);  // 16 bytes, of which `bytes` are copied
 void async_commit();
