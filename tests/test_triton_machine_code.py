@@ -38,6 +38,16 @@ def test_the_gpu_machines_release(release, request):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("release", triton_releases.RELEASES[1:])
+def test_the_jit_compiles_every_kind_of_size(release, request):
+    environment = triton_releases.environment(release, request.config.cache)
+    command = [sys.executable, "-m", "tests.triton_jit"]
+    done = subprocess.run(command, cwd=triton_releases.ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert int(done.stdout.split()[0]) > 50
+
+
 def test_a_new_batch_size_compiles_nothing():
     """Whatever Triton would specialise on (1, multiples of 16), M is none of it: one kernel serves every M."""
 
