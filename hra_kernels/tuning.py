@@ -113,26 +113,26 @@ SHAPES_OF_EVERY_LINE = ((64, 4096), (8192, 2048), (8192, 4096), (8192, 16384))
 """(M, D) that between them reach every line of `CONFIGS`."""
 
 
-# {(pass of the CUDA kernels, rank padded to 8 or 16): [(largest D, slice), ...]}; the first line that fits serves. The
-# reasoning is in bench/gpu/notes.md.
+# {(pass of the CUDA kernels, rank padded to 8 or 16): [(largest D, columns of x a block), ...]}; the first that fits
+# serves. bench/gpu/notes.md has the predictions.
 SLICES = {
     ("forward", 8): [
-        (4096, 512),
-        (8192, 1024),
-        (32768, 2048),
+        (4096, 512),  # two blocks a multiprocessor: one computes while the other waits for the exchange
+        (8192, 1024),  # two blocks here too, and clusters of the portable 8
+        (32768, 2048),  # one block with 64 KiB of loads in flight; clusters of 8 at D = 16384, where 1024 needs 16
     ],
     ("forward", 16): [
-        (4096, 512),
-        (8192, 1024),
-        (32768, 2048),
+        (4096, 512),  # as above
+        (8192, 1024),  # one block: v is 66 KB
+        (32768, 2048),  # as above
     ],
     ("backward", 8): [
-        (4096, 512),
-        (16384, 1024),
+        (4096, 512),  # two blocks, likewise
+        (16384, 1024),  # one block: 167 registers
     ],
     ("backward", 16): [
-        (4096, 512),
-        (16384, 1024),
+        (4096, 512),  # two blocks, with all of their 128 registers
+        (16384, 1024),  # one block: 204 registers
     ],
 }
 

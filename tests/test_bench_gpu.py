@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -87,23 +88,39 @@ def test_packed_files_are_few_and_the_verdict_names_every_stage(session, tmp_pat
     assert all(f"**{name}**" in text for name in stages.STAGES) and "m 1.500" in text and "Rehearsal" in text
 
 
-def test_the_launch_table_is_written_as_python():
+def test_the_launch_tables_are_written_as_python():
     pytest.importorskip("triton")
     from bench.gpu import tune
     from hra_kernels import tuning
 
-    key = next(key for key in tuning.CONFIGS if key[0] in tune.KERNELS)
-    shape = tune.RANGES[1][2]
-    wanted = tuning.LaunchConfig(64, 64, 8, 2)
-    names = {"LaunchConfig": tuning.LaunchConfig}
-    exec(tune.table({key: {shape: dataclasses.astuple(wanted)}}), names)
-    table = names["CONFIGS"]
-    assert set(table) == set(tuning.CONFIGS)
-    assert all(table[other] == tuning.CONFIGS[other] for other in table if other != key)
-    found = {point: next(c for m, d, c in table[key] if point[0] <= m and point[1] <= d) for _, _, point in tune.RANGES}
-    assert found[shape] == wanted
-    for point in found:
-        assert point == shape or found[point] == tuning.select_config(*key, *point)
+    keys = [key for key in tuning.CONFIGS if key[0] in tune.KERNELS]
+    shape, wanted = tune.RANGES[1][2], tuning.LaunchConfig(64, 64, 8, 2)
+    choice = list(dataclasses.astuple(wanted))
+    log = {
+        str(key): {"key": key, "shape": shape, "best": choice, "tried": [{"choice": choice, "seconds": 2e-5}]}
+        for key in keys
+    }
+    for key in tuning.SLICES:
+        log[str(key)] = {"key": key, "shape": [8192, 4096], "best": 2048, "tried": [{"choice": 2048, "seconds": 2e-5}]}
+    source = tune.module(log, "GPU")
+    assert "NOT YET MEASURED" not in source and "on GPU where" in source and "20.0 us at 8192 x 4096" in source
+    written = {"__name__": "hra_kernels.written"}
+    exec(compile(source, "tuning.py", "exec"), written)
+    sizes = [shape for _, _, shape in tune.RANGES]
+    for key, lines in tuning.CONFIGS.items():
+        if key not in keys:
+            assert [(m, d, dataclasses.astuple(config)) for m, d, config in lines] == [
+                (m, d, dataclasses.astuple(config)) for m, d, config in written["CONFIGS"][key]
+            ]
+            continue
+        for point in sizes:
+            expected = wanted if point == shape else tuning.select_config(*key, *point)
+            assert dataclasses.astuple(written["select_config"](*key, *point)) == dataclasses.astuple(expected)
+    for key in tuning.SLICES:
+        for width in (*tune.WIDTHS, 20000):
+            expected = 2048 if width == 4096 else tuning.select_slice(*key, width)
+            assert written["select_slice"](*key, width) == expected
+    assert tune.module({}, None) == Path(tuning.__file__).read_text()
 
 
 def test_the_search_finds_the_fastest_right_configuration():
@@ -111,19 +128,40 @@ def test_the_search_finds_the_fastest_right_configuration():
     from bench.gpu import tune
     from hra_kernels.tuning import LaunchConfig
 
-    class Fake:
-        key = ("reflect", 2, 16)
+    def measure(config):
+        if config.num_warps == 8:
+            return 1e-9, 0.5  # fastest of all, and wrong
+        if config.block_d == 256:
+            return None, float("nan")  # does not run
+        return 1e-3 * (1 + abs(config.block_m - 64) + config.num_stages), 1e-3
 
-        def measure(self, config):
-            if config.num_warps == 8:
-                return 1e-9, 0.5  # fastest of all, and wrong
-            if config.block_d == 256:
-                return None, float("nan")  # does not run
-            return 1e-3 * (1 + abs(config.block_m - 64) + config.num_stages), 1e-3
-
-    best, log = tune.search(Fake(), LaunchConfig(16, 64, 4, 3), 60)
+    prepared = []
+    best, log = tune.search(measure, LaunchConfig(16, 64, 4, 3), 60, prepared.extend)
     assert (best.block_m, best.num_warps, best.num_stages) == (64, 4, 1)
-    assert all(len(entry["config"]) == 4 for entry in log)
+    assert [LaunchConfig(*entry["choice"]) for entry in log[1:]] == prepared
+
+
+def test_the_fastest_right_slice_is_found(monkeypatch):
+    pytest.importorskip("triton")
+    from bench.gpu import tune
+    from hra_kernels import tuning
+
+    seconds = {0: 4.0, 512: 3.0, 1024: 2.95, 2048: 1.0}  # 1024 is not worth it
+    errors = {0: 1e-3, 512: 1e-3, 1024: 1e-3, 2048: 0.5}  # 2048 is wrong
+
+    class Fake:
+        def __init__(self, *arguments):
+            pass
+
+        def measure(self):
+            size = tuning.select_slice("forward", 8, 4096)
+            return seconds[size], errors[size]
+
+    monkeypatch.setattr(tune, "Bench", Fake)
+    best, log = tune.search_slices(None, ("forward", 8), (8192, 4096), "cpu")
+    assert best == 512 and [entry["choice"] for entry in log] == [0, 512, 1024, 2048]
+    errors[2048] = 1e-3
+    assert tune.search_slices(None, ("forward", 8), (8192, 4096), "cpu")[0] == 2048
 
 
 def test_every_stage_has_its_turn():

@@ -1,29 +1,39 @@
-"""Measure launch configurations of the Triton kernels and write the table: `python -m bench.gpu.tune --out FOLDER`.
+"""Measure how the GPU kernels are launched and write the tables: `python -m bench.gpu.tune --out FOLDER`.
 
-For every entry of `hra_kernels.tuning.CONFIGS` and a shape from each of its size ranges, a search starts at the present
-configuration and moves to the fastest neighbour (one parameter doubled or halved, one stage more or less) until none is
-faster. A configuration counts only if its results are as accurate as the present one's: compilers do miscompile.
+Triton   For every entry of `hra_kernels.tuning.CONFIGS` and a shape from each of its size ranges, a search starts at
+         the present configuration and moves to the fastest neighbour (one parameter doubled or halved, one stage more
+         or less) until none is faster. Neighbours are compiled side by side in processes of their own.
+CUDA     For every entry of `SLICES` and each width, all slices.
 
-Leaves tuning.json (every time taken) and tuning.py (the module with the new table), and goes on where it stopped.
+What the project's targets rest on comes first. A choice counts only if its results are as accurate as the present
+one's: compilers do miscompile. Leaves tuning.json (every time taken) and tuning.py (the module with the new tables). A
+call goes on where the last one stopped; what is left when --total seconds have been spent keeps its present lines.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
+import multiprocessing
 import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 from bench import timing
-from hra_kernels import reference, triton_backend, tuning
-from tests import cases, tolerance
+from hra_kernels import cuda_backend, reference, triton_backend, tuning
+from tests import cases, emulation, tolerance
 
 KERNELS = {"reflect": "reflect_fwd", "backward_rows": "reflect_bwd", "backward_columns": "reflect_bwd"}
-"""Kernels worth tuning, and the operator that runs each."""
+"""Triton kernels worth tuning, and the operator that runs each."""
+PASSES = {"forward": "reflect_fwd", "backward": "reflect_bwd"}
+"""The CUDA kernels' passes likewise."""
 FEW_ROWS, WIDE = 1024, 2**40
 RANGES = [
     (FEW_ROWS, WIDE, (512, 4096)),
@@ -32,10 +42,14 @@ RANGES = [
     (WIDE, WIDE, (8192, 16384)),
 ]
 """(largest M, largest D, the shape that stands for the range)."""
+WIDTHS = (2048, 4096, 8192, 16384)
+SLICES = (0, 512, 1024, 2048)
 LEAST = tuning.LaunchConfig(16, 32, 1, 1)
 MOST = tuning.LaunchConfig(128, 512, 16, 5)
 WORTH = 0.97
 """A neighbour must take less than this share of the best time: below it is noise."""
+COMPILERS = 6
+"""Processes that compile: other stages of bench.gpu.run use the machine's cores too."""
 
 
 def neighbours(config: tuning.LaunchConfig) -> list[tuning.LaunchConfig]:
@@ -53,36 +67,46 @@ def neighbours(config: tuning.LaunchConfig) -> list[tuning.LaunchConfig]:
     ]
 
 
-class Bench:
-    """Times one operator at one shape under any configuration of one kernel."""
+@contextlib.contextmanager
+def only_line(table: dict, key: tuple, line: tuple) -> Iterator[None]:
+    """`table[key]` is one line inside the `with` block."""
+    present = table[key]
+    table[key] = [line]
+    try:
+        yield
+    finally:
+        table[key] = present
 
-    def __init__(self, key: tuple[str, int, int], shape: tuple[int, int], device: torch.device) -> None:
-        kernel, element_size, block_r = key
-        self.key, self.device = key, device
-        dtype = torch.bfloat16 if element_size == 2 else torch.float32
-        rank = 8 if block_r == 16 else block_r
-        case = cases.Case(*shape, rank)
-        count = timing.input_sets(3 * shape[0] * shape[1] * element_size, device)
+
+class Bench:
+    """Times one operator of one backend at one shape."""
+
+    def __init__(self, backend, operator: str, shape: tuple[int, int], rank: int, dtype: torch.dtype, device: str):
+        self.backend, self.operator, self.device = backend, operator, torch.device(device)
         self.sets = []
-        for seed in range(count):
-            x, u, dy = (tensor.to(device) for tensor in cases.make_inputs(case, dtype, seed))
+        for seed in range(timing.input_sets(3 * shape[0] * shape[1] * dtype.itemsize, self.device)):
+            generator = torch.Generator(device).manual_seed(seed)
+            x, dy = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
+            u = cases.make_u(shape[1], rank, "random", torch.Generator().manual_seed(seed)).to(device)
             v, t = reference.wy_factor(u)
             self.sets.append((x, dy, v, t, reference.reflect_fwd(x, v, t, True)[1]))
-        self.operator = KERNELS[kernel]
+
+    @functools.cached_property
+    def exact(self) -> tuple[torch.Tensor, ...]:
+        """The first set's result in float64."""
         x, dy, v, t, p = (tensor.double() for tensor in self.sets[0])
-        forward, backward = reference.reflect_fwd(x, v, t, True), reference.reflect_bwd(dy, x, v, t, p, True)
-        self.exact = forward if self.operator == "reflect_fwd" else backward
+        if self.operator == "reflect_fwd":
+            return reference.reflect_fwd(x, v, t, True)
+        return reference.reflect_bwd(dy, x, v, t, p, True)
 
     def call(self, i: int) -> tuple[torch.Tensor, ...]:
         x, dy, v, t, p = self.sets[i]
         if self.operator == "reflect_fwd":
-            return triton_backend.reflect_fwd(x, v, t, True)
-        return triton_backend.reflect_bwd(dy, x, v, t, p, True)
+            return self.backend.reflect_fwd(x, v, t, True)
+        return self.backend.reflect_bwd(dy, x, v, t, p, True)
 
-    def measure(self, config: tuning.LaunchConfig, samples: int = 5) -> tuple[float | None, float]:
-        """(seconds, or None where it does not run; relative error)."""
-        present = tuning.CONFIGS[self.key]
-        tuning.CONFIGS[self.key] = [(WIDE, WIDE, config)]
+    def measure(self, samples: int = 5) -> tuple[float | None, float]:
+        """(seconds, or None where it does not run; relative error) with the tables as they are."""
         try:
             got = self.call(0)
             error = max(tolerance.errors(a, b)["frobenius"] for a, b in zip(got, self.exact, strict=True))
@@ -93,96 +117,235 @@ class Bench:
             sample = timing.sampler(timing.Variant(self.call), self.device, len(self.sets))
             return timing.summary(sample() for _ in range(samples))["median"], error
         except Exception as reason:  # out of registers or shared memory, or the compiler gave up: all the same here
-            print(f"    {config}: {type(reason).__name__}", flush=True)
+            print(f"    {type(reason).__name__}", flush=True)
             return None, float("nan")
-        finally:
-            tuning.CONFIGS[self.key] = present
 
 
-def search(bench: Bench, start: tuning.LaunchConfig, most: int) -> tuple[tuning.LaunchConfig, list[dict]]:
-    """The fastest configuration found in at most `most` measurements, and all of them."""
-    seconds, error = bench.measure(start)
+# --- Triton -----------------------------------------------------------------------------------------------------------
+
+
+def triton_bench(key: tuple[str, int, int], shape: tuple[int, int], device: str) -> Bench:
+    """The bench of one entry of `CONFIGS`."""
+    kernel, element_size, block_r = key
+    dtype = torch.bfloat16 if element_size == 2 else torch.float32
+    return Bench(triton_backend, KERNELS[kernel], shape, 8 if block_r == 16 else block_r, dtype, device)
+
+
+_last_bench = functools.lru_cache(maxsize=1)(triton_bench)
+
+
+def compile_config(key: tuple[str, int, int], shape: tuple[int, int], config: tuning.LaunchConfig) -> None:
+    """Runs in a process of its own: leaves the compiled kernel in Triton's cache on the disk."""
+    with contextlib.suppress(Exception), only_line(tuning.CONFIGS, key, (WIDE, WIDE, config)):  # `measure` says why
+        _last_bench(key, shape, "cuda").call(0)
+        torch.cuda.synchronize()
+
+
+def search(
+    measure: Callable[[tuning.LaunchConfig], tuple[float | None, float]],
+    start: tuning.LaunchConfig,
+    most: int,
+    prepare: Callable[[list[tuning.LaunchConfig]], None] = lambda configs: None,
+) -> tuple[tuning.LaunchConfig, list[dict]]:
+    """The fastest configuration found in at most `most` measurements, and all of them.
+
+    `prepare` is called with the configurations that are measured next.
+    """
+    seconds, error = measure(start)
     if seconds is None:
-        raise RuntimeError(f"tune: the present configuration {start} of {bench.key} does not run")
+        raise RuntimeError(f"tune: the present configuration {start} does not run")
     tried = {start: seconds}
-    log = [{"config": dataclasses.astuple(start), "seconds": seconds, "error": error}]
+    log = [{"choice": dataclasses.astuple(start), "seconds": seconds, "error": error}]
     best, moved = start, True
     while moved and len(tried) < most:
-        moved, centre = False, best
-        for config in neighbours(centre):
-            if config in tried or len(tried) >= most:
-                continue
-            tried[config], found_error = bench.measure(config)
-            log.append({"config": dataclasses.astuple(config), "seconds": tried[config], "error": found_error})
+        moved = False
+        new = [config for config in neighbours(best) if config not in tried][: most - len(tried)]
+        prepare(new)
+        for config in new:
+            tried[config], found_error = measure(config)
+            log.append({"choice": dataclasses.astuple(config), "seconds": tried[config], "error": found_error})
             right = found_error <= 1.5 * error + 1e-7
             if tried[config] is not None and right and tried[config] < WORTH * tried[best]:
                 best, moved = config, True
     return best, log
 
 
-def table(found: dict[tuple, dict[tuple, tuple]]) -> str:
-    """The `CONFIGS` block of tuning.py: `found` by key and shape where there is any, the present lines elsewhere."""
-    lines = ["CONFIGS = {"]
-    for key, present in tuning.CONFIGS.items():
-        entries = present
-        if key in found:
-            entries = []
-            for most_m, most_d, shape in RANGES:
-                standing = tuning.select_config(*key, *shape)
-                config = tuning.LaunchConfig(*found[key][shape]) if shape in found[key] else standing
-                if entries and entries[-1][0] == most_m and entries[-1][2] == config:
-                    entries.pop()
-                entries.append((most_m, most_d, config))
-        lines.append(f"    {key!r}: [".replace("'", '"'))
-        for most_m, most_d, config in entries:
-            sizes = ", ".join("2**40" if size == WIDE else str(size) for size in (most_m, most_d))
-            lines.append(f"        ({sizes}, LaunchConfig{dataclasses.astuple(config)}),")
-        lines.append("    ],")
-    return "\n".join([*lines, "}"])
+def search_triton(
+    key: tuple[str, int, int], shape: tuple[int, int], device: str, most: int, pool: Executor | None
+) -> tuple[tuple, list[dict]]:
+    """The best configuration of one entry at one shape, and all that were measured."""
+    bench = triton_bench(key, shape, device)
+
+    def measure(config: tuning.LaunchConfig) -> tuple[float | None, float]:
+        with only_line(tuning.CONFIGS, key, (WIDE, WIDE, config)):
+            return bench.measure()
+
+    def prepare(configs: list[tuning.LaunchConfig]) -> None:
+        with contextlib.suppress(BrokenExecutor):  # a compiler crashed: what is missing is compiled when it is measured
+            for done in [pool.submit(compile_config, key, shape, config) for config in configs] if pool else []:
+                done.result()
+
+    best, log = search(measure, tuning.select_config(*key, *shape), most, prepare)
+    return dataclasses.astuple(best), log
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def search_slices(
+    backend: cuda_backend.CudaBackend, key: tuple[str, int], shape: tuple[int, int], device: str
+) -> tuple[int, list[dict]]:
+    """The best slice for one pass, rank and width, and all that were measured; the sweeps are measured first."""
+    direction, rank = key
+    bench = Bench(backend, PASSES[direction], shape, rank, torch.bfloat16, device)
+    widest = 2048 if direction == "forward" else 1024
+    best, log = 0, []
+    for size in SLICES:
+        if size > widest or 0 < 16 * size < shape[1]:
+            continue
+        with only_line(tuning.SLICES, key, (WIDE, size)):
+            seconds, error = bench.measure()
+        log.append({"choice": size, "seconds": seconds, "error": error})
+        of_best = next(entry["seconds"] for entry in log if entry["choice"] == best)
+        right = error <= 1.5 * log[0]["error"] + 1e-7
+        if seconds is not None and right and (of_best is None or seconds < WORTH * of_best):
+            best = size
+    return best, log
+
+
+def cuda_module(rehearse: bool) -> tuple[cuda_backend.CudaBackend | None, str]:
+    """The backend whose slices are measured, or None and why there is none; a rehearsal builds nothing."""
+    if not rehearse:
+        reason = cuda_backend.BACKEND.why_unavailable()
+        return (None, reason) if reason else (cuda_backend.BACKEND, "")
+    built = sorted((emulation.ROOT / "build" / "emulation").glob("_emulated*.so"))
+    sources = [
+        *(emulation.ROOT / "csrc" / "cuda").rglob("*.[ch]*"),
+        *(emulation.ROOT / "python_bindings").glob("cuda*"),
+    ]
+    if not built or built[0].stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        return (
+            None,
+            "the emulation is not built, or older than its sources (pytest tests/test_cuda_emulated.py builds it)",
+        )
+    native = emulation.load(built[0])
+    native.emulate(0, 90)
+    return cuda_backend.CudaBackend(native, "cpu"), ""
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def config_lines(key: tuple[str, int, int], found: dict[tuple, tuple]) -> list[str]:
+    """An entry of `CONFIGS`: `found` is {shape: (config, seconds)}; where it has nothing the present line stands."""
+    entries = []
+    for most_m, most_d, shape in RANGES:
+        config, seconds = found.get(shape, (dataclasses.astuple(tuning.select_config(*key, *shape)), None))
+        if entries and entries[-1][0] == most_m and entries[-1][2] == config:
+            entries.pop()
+        entries.append((most_m, most_d, config, evidence(shape, seconds)))
+    name = {FEW_ROWS: "FEW_ROWS", WIDE: "WIDE"}
+    return [f"({name.get(m, m)}, {name.get(d, d)}, LaunchConfig{config}),  # {why}" for m, d, config, why in entries]
+
+
+def slice_lines(key: tuple[str, int], found: dict[tuple, tuple]) -> list[str]:
+    """An entry of `SLICES` likewise; beyond the widest shape the present lines stand."""
+    entries = []
+    for width in WIDTHS:
+        size, seconds = found.get((8192, width), (tuning.select_slice(*key, width), None))
+        if entries and entries[-1][1] == size:
+            entries.pop()
+        entries.append((width, size, evidence((8192, width), seconds)))
+    entries += [(*line, "not measured") for line in tuning.SLICES[key] if line[0] > WIDTHS[-1]]
+    return [f"({most_d}, {size}),  # {why}" for most_d, size, why in entries]
+
+
+def evidence(shape: tuple[int, int], seconds: float | None) -> str:
+    return "not measured" if seconds is None else f"{seconds * 1e6:.1f} us at {shape[0]} x {shape[1]}"
+
+
+def module(log: dict[str, dict], gpu: str | None) -> str:
+    """tuning.py's source with what was found on `gpu`; entries that were not searched stay as they are."""
+    found: dict[tuple, dict[tuple, tuple]] = {}
+    for entry in log.values():
+        best = tuple(entry["best"]) if isinstance(entry["best"], list) else entry["best"]
+        seconds = next(taken["seconds"] for taken in entry["tried"] if taken["choice"] == entry["best"])
+        found.setdefault(tuple(entry["key"]), {})[tuple(entry["shape"])] = (best, seconds)
+    source = Path(tuning.__file__).read_text()
+    for key, of_shapes in found.items():
+        written = repr(key).replace("'", '"')
+        lines = (slice_lines if key in tuning.SLICES else config_lines)(key, of_shapes)
+        block = f"    {written}: [\n" + "".join(f"        {line}\n" for line in lines) + "    ],\n"
+        # an entry ends on its own line, or on the first one that closes its bracket
+        pattern = rf"^    {re.escape(written)}: \[(?:[^\n]+\n|\n.*?^    \],\n)"
+        source, count = re.subn(pattern, lambda _: block, source, flags=re.DOTALL | re.MULTILINE)  # noqa: B023
+        if count != 1:
+            raise RuntimeError(f"tune: tuning.py has {count} entries for {key}")
+    if gpu:
+        measured = f"Measured on {gpu} where a line's comment is a time. Any other comment"
+        source = source.replace("NOT YET MEASURED ON A GPU. Each line's comment", measured, 1)
+    compile(source, "tuning.py", "exec")
+    return source
+
+
+def jobs(rehearse: bool, with_slices: bool) -> list[tuple[tuple, tuple[int, int]]]:
+    """(key, shape), the most wanted first: two-byte activations of rank 16 and less, then the slices, then the rest."""
+    keys = [key for key in tuning.CONFIGS if key[0] in KERNELS]
+    if rehearse:
+        return [(keys[0], (40, 128))] + [(key, (40, 520)) for key in tuning.SLICES if with_slices]
+    triton = [(key, shape) for key in keys for _, _, shape in reversed(RANGES)]
+    wanted = [(key, shape) for key, shape in triton if key[1:] == (2, 16) and shape[0] > FEW_ROWS]
+    slices = [(key, (8192, width)) for key in tuning.SLICES for width in WIDTHS] if with_slices else []
+    return wanted + slices + [job for job in triton if job not in wanted]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=300, help="stop, to be resumed, after this long")
+    parser.add_argument("--seconds", type=float, default=240, help="stop, to be resumed, after this long")
+    parser.add_argument("--total", type=float, default=240, help="of all calls together; then what is left stands")
     parser.add_argument("--most", type=int, default=24, help="measurements a shape")
-    parser.add_argument("--rehearse", action="store_true", help="one tiny shape in Triton's interpreter")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, in the interpreter and on the emulation")
     options = parser.parse_args()
     if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--rehearse needs TRITON_INTERPRET=1")
-    device = torch.device("cpu" if options.rehearse else "cuda")
+    device = "cpu" if options.rehearse else "cuda"
+    backend, reason = cuda_module(options.rehearse)
+    if reason:
+        print(f"the CUDA kernels' slices are left out: {reason}")
     log_path = options.out / "tuning.json"
     log = json.loads(log_path.read_text()) if log_path.exists() else {}
-    keys = [key for key in tuning.CONFIGS if key[0] in KERNELS]
-    jobs = [(key, shape) for key in keys for _, _, shape in RANGES]
-    if options.rehearse:
-        jobs = [(key, (40, 128)) for key in keys[:1]]
     options.out.mkdir(parents=True, exist_ok=True)
-    start, left = time.monotonic(), 0
-    for key, shape in jobs:
-        name = f"{'/'.join(map(str, key))} {shape[0]}x{shape[1]}"
-        if name in log:
-            continue
-        if time.monotonic() - start > options.seconds:
-            left += 1
-            continue
-        best, tried = search(Bench(key, shape, device), tuning.select_config(*key, *shape), options.most)
-        log[name] = {"key": key, "shape": shape, "best": dataclasses.astuple(best), "tried": tried}
-        log_path.write_text(json.dumps(log) + "\n")
-        fastest = next(entry for entry in tried if tuple(entry["config"]) == dataclasses.astuple(best))
-        gain = tried[0]["seconds"] / fastest["seconds"]
-        print(f"{name}: {best}, {gain:.2f} x the present one's speed, {len(tried)} tried", flush=True)
-    found: dict[tuple, dict[tuple, tuple]] = {}
-    for entry in log.values():
-        found.setdefault(tuple(entry["key"]), {})[tuple(entry["shape"])] = tuple(entry["best"])
-    source = Path(tuning.__file__).read_text()
-    written, count = re.subn(r"^CONFIGS = \{.*?^\}$", lambda _: table(found), source, flags=re.DOTALL | re.MULTILINE)
-    if count != 1:
-        raise RuntimeError("tune: tuning.py must hold one block from 'CONFIGS = {' to '}' in the first column")
-    compile(written, "tuning.py", "exec")
-    (options.out / "tuning.py").write_text(written)
-    print(f"{len(log)} of {len(jobs)} searched, {left} left")
-    return 3 if left else 0
+    start, before = time.monotonic(), sum(entry["took"] for entry in log.values())
+    planned = {
+        f"{'/'.join(map(str, key))} {shape[0]}x{shape[1]}": (key, shape)
+        for key, shape in jobs(options.rehearse, backend is not None)
+    }
+    left = [name for name in planned if name not in log]
+    spent = lambda: time.monotonic() - start  # noqa: E731
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if not options.rehearse:
+            pool = stack.enter_context(ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")))
+        while left and spent() < options.seconds and before + spent() < options.total:
+            name = left.pop(0)
+            key, shape = planned[name]
+            begun = time.monotonic()
+            if key in tuning.SLICES:
+                best, tried = search_slices(backend, key, shape, device)
+            else:
+                best, tried = search_triton(key, shape, device, options.most, pool)
+            took = time.monotonic() - begun
+            log[name] = {"key": key, "shape": shape, "best": best, "took": took, "tried": tried}
+            log_path.write_text(json.dumps(log) + "\n")
+            fastest = next(entry for entry in tried if entry["choice"] == best)
+            rate = tried[0]["seconds"] / fastest["seconds"] if tried[0]["seconds"] else float("nan")
+            print(f"{name}: {best}, {rate:.2f} x the first one's speed, {len(tried)} tried in {took:.1f} s", flush=True)
+    (options.out / "tuning.py").write_text(
+        module(json.loads(log_path.read_text()), None if options.rehearse else torch.cuda.get_device_name())
+    )
+    print(f"{len(planned) - len(left)} of {len(planned)} searched, {len(left)} left")
+    return 3 if left and before + spent() < options.total else 0
 
 
 if __name__ == "__main__":
