@@ -26,6 +26,7 @@ blocks; above the blocks it is the Gram matrix of v, on them (a, d the two rows 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -282,7 +283,9 @@ def reflect_bwd(
 
 def _blocks_above(widths: Sequence[int], device: torch.device) -> Tensor:
     """Mask (R, R) of the entries right of the diagonal blocks of these widths."""
-    chain = torch.repeat_interleave(torch.arange(len(widths), device=device), torch.tensor(widths, device=device))
+    column = torch.arange(sum(widths), device=device)
+    # counted on the device: bringing the widths there would break the capture of a CUDA graph
+    chain = sum((column >= end).int() for end in itertools.accumulate(widths))
     return chain[:, None] < chain[None, :]
 
 

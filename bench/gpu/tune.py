@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import multiprocessing
 import os
@@ -309,6 +310,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--rehearse needs TRITON_INTERPRET=1")
+    if options.rehearse:
+        importlib.import_module("tests.triton_interpreter")  # for its repairs
     device = "cpu" if options.rehearse else "cuda"
     backend, reason = cuda_module(options.rehearse)
     if reason:
