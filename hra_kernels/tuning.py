@@ -122,17 +122,17 @@ SLICES = {
         (32768, 2048),  # one block with 64 KiB of loads in flight; clusters of 8 at D = 16384, where 1024 needs 16
     ],
     ("forward", 16): [
-        (4096, 512),  # as above
-        (8192, 1024),  # one block: v is 66 KB
+        (1024, 512),  # narrow rows: two blocks
+        (8192, 1024),  # the exchange is twice as much for each tile: half as many tiles
         (32768, 2048),  # as above
     ],
     ("backward", 8): [
         (4096, 512),  # two blocks, likewise
-        (16384, 1024),  # one block: 167 registers
+        (16384, 1024),  # one block: 172 registers
     ],
     ("backward", 16): [
-        (4096, 512),  # two blocks, with all of their 128 registers
-        (16384, 1024),  # one block: 204 registers
+        (1024, 512),  # two blocks, with all of their 128 registers
+        (16384, 1024),  # as in the forward; one block: 216 registers
     ],
 }
 

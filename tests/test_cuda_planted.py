@@ -177,7 +177,7 @@ MUTANTS = {
         "cluster.h", "cluster_fwd.cu", "parts[copy]", "parts[0]", check(BLOCKS, BF16, CLUSTER),
     ),
     "parts added up before they are there": (
-        "cluster.h", "cluster_bwd.cu", "__syncthreads();\n    if (warp_id() < cluster)", "if (warp_id() < cluster)",
+        "cluster.h", "cluster_bwd.cu", "__syncthreads();\n    const int n", "const int n",
         check(BLOCKS, BF16, CLUSTER),
     ),
     "messages read before they are there": (

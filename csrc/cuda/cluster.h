@@ -27,7 +27,7 @@ struct ClusterPlan {
 
 template <typename T, int kRank, int kSlice>
 struct ClusterShared {
-  static constexpr int kWarpColumns = kSlice / kWarps, kParts = kRank / 8 * 32;
+  static constexpr int kWarpColumns = kSlice / kWarps, kTiles = kRank / 8, kParts = 32 * kTiles;
   static_assert(Split<T>::kV == 2, "16-bit activations");
 
   TermTile<2, kRank, kSlice> v;  // columns in the order of fragment_column
@@ -65,25 +65,23 @@ struct ClusterShared {
     auto& summands = parts[copy];
     if (thread_id() == 0) mailbox_expect(mailbox, cluster * kParts * static_cast<int>(sizeof(float4)));
 #pragma unroll
-    for (int n = 0; n < kRank / 8; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
       summands[warp_id()][32 * n + lane] = {product[n][0], product[n][1], product[n][2], product[n][3]};
     }
     __syncthreads();
-    if (warp_id() < cluster) {
+    const int n = warp_id() % kTiles;  // a warp adds up one tile, for every (kWarps / kTiles)-th block
+    if (warp_id() / kTiles < cluster) {
+      float4 total = summands[0][32 * n + lane];
 #pragma unroll
-      for (int n = 0; n < kRank / 8; ++n) {
-        float4 total = summands[0][32 * n + lane];
-#pragma unroll
-        for (int warp = 1; warp < kWarps; ++warp) add(total, summands[warp][32 * n + lane]);
+      for (int warp = 1; warp < kWarps; ++warp) add(total, summands[warp][32 * n + lane]);
 #pragma unroll 1
-        for (int to = warp_id(); to < cluster; to += kWarps) {
-          send_in_cluster(arriving + rank * kParts + 32 * n, mailbox, to, total);
-        }
+      for (int to = warp_id() / kTiles; to < cluster; to += kWarps / kTiles) {
+        send_in_cluster(arriving + rank * kParts + 32 * n, mailbox, to, total);
       }
     }
     mailbox_wait(mailbox, turn / 2 % 2);
 #pragma unroll
-    for (int n = 0; n < kRank / 8; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
       float4 total = arriving[32 * n];
 #pragma unroll 4
       for (int other = 1; other < cluster; ++other) add(total, arriving[other * kParts + 32 * n]);

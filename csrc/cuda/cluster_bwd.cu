@@ -42,8 +42,9 @@ __device__ __forceinline__ void add_vectors(Result<kRank> (&dv)[kCount], const R
   for (int n = 0; n < kRank / 8; ++n) s.tile(b[n], n);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
+    sync_warp();  // for the compiler, which would load the operands of all steps at once, and spill
     uint32_t packed[4], a[Split<T>::kX][4];
-    ldmatrix<4, true>(packed, rows.at(lane % 8 + lane / 16 * 8, column + 16 * i + lane / 8 % 2 * 8));
+    ldmatrix<4, true>(packed, rows.at(fragment_row(lane % 8 + lane / 16 * 8), column + 16 * i + lane / 8 % 2 * 8));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t terms[Split<T>::kX];
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kSlice == 512 && Split<T>::kX == 1 ?
 
   RowsInFlight<T, kWarpColumns> dy, next;
   dy.fetch(to.dy, row0, column0);
-  load_warp_tile<kWarpColumns>(shared.x, to.x, row0, column0, column);
+  copy_rows<kWarpColumns>(shared.x, to.x, row0, column0, column);
   cp_async_commit();
   shared.load_vectors(to.v, block_column);
   put_middle(shared.m, to.m);
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kSlice == 512 && Split<T>::kX == 1 ?
     add_vectors(dv, shared.dy, s_terms, column);
     add_vectors(dv, shared.x, qm_terms, column);
     sync_warp();  // x's place is free
-    if (more) load_warp_tile<kWarpColumns>(shared.x, to.x, row0 + step, column0, column);
+    if (more) copy_rows<kWarpColumns>(shared.x, to.x, row0 + step, column0, column);
     cp_async_commit();
     if (to.dx.ptr) {
       reflect_rows<kWarpColumns>(

@@ -25,6 +25,10 @@ __device__ __forceinline__ uint32_t& word(uint4& vector, int i) {
   return i == 0 ? vector.x : i == 1 ? vector.y : i == 2 ? vector.z : vector.w;
 }
 
+// Where row `row` of a warp's 16 lies in its tile: eight lanes that store or load 16 bytes each, of rows g and g + 1,
+// hit all banks, and so do the eight rows of an ldmatrix.
+__device__ __forceinline__ int fragment_row(int row) { return row / 8 * 8 + row % 2 * 4 + row % 8 / 2; }
+
 // How many of the `width` columns from `column` on a row has; none where the row does not exist.
 template <typename T>
 __device__ __forceinline__ int columns_left(const Rows<T>& rows, int64_t row, int column, int width) {
@@ -69,7 +73,7 @@ struct RowsInFlight {
   template <typename Tile>
   static __device__ __forceinline__ uint4* place(Tile& tile, int column0, int group, int half) {
     const int lane = lane_id();
-    return reinterpret_cast<uint4*>(tile.at(lane / 4 + 8 * half, column0 + 32 * group + lane % 4 * 8));
+    return reinterpret_cast<uint4*>(tile.at(fragment_row(lane / 4 + 8 * half), column0 + 32 * group + lane % 4 * 8));
   }
 
   template <int kTileColumns>
@@ -81,6 +85,35 @@ struct RowsInFlight {
     }
   }
 };
+
+// Issues the copies of 16 rows of a warp's columns into a tile that no other warp reads; what lies outside of the
+// matrix becomes zero. Needs commit and wait.
+template <int kColumns, typename T, int kTileColumns>
+__device__ __forceinline__ void copy_rows(RowTile<T, kRowsOfWarp, kTileColumns>& tile, const Rows<const T>& from,
+                                          int64_t row0, int column0, int tile_column) {
+  constexpr int kPerRow = kColumns / kVector<T>, kRowsAtOnce = 32 / kPerRow;
+  static_assert(kRowsAtOnce * kPerRow == 32, "a lane keeps to its columns");
+  const int column = lane_id() % kPerRow * kVector<T>;
+  auto each = [&](int i, auto copy) {
+    const int64_t row = row0 + i + lane_id() / kPerRow;
+    const int left = columns_left(from, row, column0 + column, kVector<T>);
+    copy(tile.at(fragment_row(i + lane_id() / kPerRow), tile_column + column),
+         left > 0 ? from.ptr + row * from.stride + column0 + column : from.ptr, left);
+  };
+  if (from.vectors) {
+#pragma unroll
+    for (int i = 0; i < kRowsOfWarp; i += kRowsAtOnce) {
+      each(i, [](T* to, const T* source, int left) { cp_async_16(to, source, left > 0 ? 16 : 0); });
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < kRowsOfWarp; i += kRowsAtOnce) {
+      each(i, [](T* to, const T* source, int left) {
+        for (int j = 0; j < kVector<T>; ++j) to[j] = j < left ? source[j] : T{};
+      });
+    }
+  }
+}
 
 // 16 bytes of a row to memory, as far as the row goes.
 template <typename T>

@@ -81,36 +81,6 @@ __device__ __forceinline__ void load_tile(RowTile<T, kRows, kColumns>& tile, con
   }
 }
 
-// Issues the copies of a warp's own kColumns columns of a tile; as load_tile, and no other warp may read them.
-template <int kColumns, typename T, int kRows, int kTileColumns>
-__device__ __forceinline__ void load_warp_tile(RowTile<T, kRows, kTileColumns>& tile, const Rows<const T>& from,
-                                               int64_t row0, int64_t column0, int tile_column) {
-  constexpr int kPerRow = kColumns / kVector<T>, kRowsAtOnce = 32 / kPerRow;
-  static_assert(kRowsAtOnce * kPerRow == 32 && kRows % kRowsAtOnce == 0, "a lane keeps to its columns");
-  const int first = lane_id() / kPerRow, column = lane_id() % kPerRow * kVector<T>;
-  const int64_t left = from.columns - column0 - column, rows = from.rows - row0;
-  const int count = left <= 0 ? 0 : left < kVector<T> ? static_cast<int>(left) : kVector<T>;
-  const T* source = from.ptr + (row0 + first) * from.stride + column0 + column;
-  if (from.vectors) {
-#pragma unroll
-    for (int row = first; row < first + kRows; row += kRowsAtOnce) {
-      const bool inside = row < rows && count > 0;
-      cp_async_16(tile.at(row, tile_column + column), inside ? source : from.ptr,
-                  inside ? count * static_cast<int>(sizeof(T)) : 0);
-      source += kRowsAtOnce * from.stride;
-    }
-  } else {
-#pragma unroll 1
-    for (int row = first; row < kRows; row += kRowsAtOnce) {
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) {
-        *tile.at(row, tile_column + column + j) = row < rows && j < count ? source[j] : T{};
-      }
-      source += kRowsAtOnce * from.stride;
-    }
-  }
-}
-
 // Writes a warp's own kColumns columns of kRows rows of a tile to global memory.
 template <int kRows, int kColumns, typename T, int kTileRows, int kTileColumns>
 __device__ __forceinline__ void store_warp_tile(const Rows<T>& to, const RowTile<T, kTileRows, kTileColumns>& tile,
