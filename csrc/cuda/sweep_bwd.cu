@@ -164,20 +164,32 @@ struct ReduceArguments {
   bool transpose;
 };
 
+constexpr int kReducedByBlock = 32;
+
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const HRA_GRID_CONSTANT ReduceArguments to) {
   const int64_t vector_size = to.R * to.D, middle_size = static_cast<int64_t>(to.R) * to.R;
-  const int64_t vector_blocks = ceil_div(vector_size, kThreads);
+  const int64_t vector_blocks = ceil_div(vector_size, kReducedByBlock);
   if (blockIdx.x < vector_blocks) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + thread_id();
-    if (i >= vector_size) return;
+    // a warp adds up every eighth share: there are up to 132, and one after the other they would cost their latency
+    auto* sums = reinterpret_cast<float*>(dynamic_shared());  // (kWarps, 32)
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kReducedByBlock + lane_id();
     float sum = 0;
-    for (int64_t part = 0; part < to.vector_parts; ++part) sum += to.dv_parts[part * vector_size + i];
+    if (i < vector_size) {
+#pragma unroll 8
+      for (int64_t part = warp_id(); part < to.vector_parts; part += kWarps) sum += to.dv_parts[part * vector_size + i];
+    }
+    sums[thread_id()] = sum;
+    __syncthreads();
+    if (warp_id() > 0 || i >= vector_size) return;
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) sum += sums[warp * 32 + lane_id()];
     to.dv[i] = -sum;
     return;
   }
   const int64_t i = (blockIdx.x - vector_blocks) * kWarps + warp_id();
   if (i >= middle_size) return;  // a whole warp
   float sum = 0;
+#pragma unroll 8
   for (int64_t part = lane_id(); part < to.middle_parts; part += 32) sum += to.dm_parts[part * middle_size + i];
   for (int step = 16; step > 0; step /= 2) sum += shuffle_xor(sum, step);
   const int64_t transposed = i % to.R * to.R + i / to.R;
@@ -220,8 +232,8 @@ Status reduce_shares(const ReflectBwdParams& params, const float* dv_parts, int6
   arguments.D = params.D;
   arguments.R = static_cast<int>(params.R);
   arguments.transpose = params.transpose;
-  const int64_t blocks = ceil_div(params.R * params.D, kThreads) + ceil_div(params.R * params.R, kWarps);
-  return launch(reduce_kernel, Launch{blocks, 1, kThreads, 0, stream}, arguments);
+  const int64_t blocks = ceil_div(params.R * params.D, kReducedByBlock) + ceil_div(params.R * params.R, kWarps);
+  return launch(reduce_kernel, Launch{blocks, 1, kThreads, kThreads * sizeof(float), stream}, arguments);
 }
 
 Status sweep_bwd_workspace_bytes(const ReflectBwdParams& params, int64_t& bytes) {

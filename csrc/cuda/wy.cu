@@ -5,7 +5,6 @@
 //
 // A layer reads u three times and v R / 4 + 1 times over, from L2 after the first; the latency of those reads binds for
 // R <= 16, D R² / 2 float64 multiply-adds beyond. It runs once per optimiser step, for all layers side by side.
-// Prediction, not measured: one layer of D = 4096, R = 8 on an H100 takes 40 us, and 32 of them no more.
 #include "wy_device.h"
 
 namespace hra::cuda {
