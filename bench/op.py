@@ -6,6 +6,7 @@ bound: its ratio says how much it adds.
 """
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
@@ -75,8 +76,9 @@ class _CompiledReference:
     """The reference's reflect under torch.compile: how far a compiler gets with the same formula."""
 
     def __init__(self) -> None:
-        names = ("reflect_fwd", "reflect_dx", "reflect_bwd")
-        self.__dict__ |= {name: torch.compile(getattr(reference, name), dynamic=False) for name in names}
+        torch._dynamo.reset()  # or the ninth shape in a process is refused
+        compile_one = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        self.__dict__ |= {name: compile_one(getattr(reference, name)) for name in TRAFFIC}
 
 
 def _on_backend(name: str, call: Callable[[_Inputs], object], sets: list[_Inputs]) -> Callable[[int], object]:

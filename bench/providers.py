@@ -148,6 +148,7 @@ class PlainWY(_LinearAdapter):
 class CompiledWY(_LinearAdapter):
     def __init__(self, base: nn.Module, rank: int) -> None:
         super().__init__(base, rank)
+        torch._dynamo.reset()  # or the ninth shape in a process is refused
         self.compiled = torch.compile(lambda x, u: self.base(plain_wy(x, u)), fullgraph=True, dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:

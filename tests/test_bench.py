@@ -1,5 +1,6 @@
 """The benchmark itself: that wrong results get no time, that rounds, ratios and bytes are what they are said to be."""
 
+import argparse
 import json
 import math
 import time
@@ -12,7 +13,7 @@ pytest.importorskip("rich")
 pytest.importorskip("peft")
 
 from bench import __main__ as cli
-from bench import layer, model, providers, record, report, shapes, timing
+from bench import layer, model, op, providers, record, report, shapes, timing
 
 DEVICE = torch.device("cpu")
 SHAPE = shapes.linear(24, 64, 32)
@@ -88,6 +89,17 @@ def test_every_method_is_right_and_timed(name):
         assert name == "torch-householder" and row["why"].startswith("not available"), row["why"]
     else:
         assert row["seconds"]["median"] > 0 and max(row["error"].values()) < 1e-5
+
+
+def test_every_shape_is_compiled(monkeypatch):
+    compile_one = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_one(function, backend="eager", **options))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in (8, 16, 24):
+            assert measure([providers.BY_NAME["wy-compile"]], shapes.linear(4, size, 8))["wy-compile"]["why"] is None
+            case = {"name": "op", "M": 4, "D": size, "dtype": "float32", "rank": 2}
+            options = argparse.Namespace(device=DEVICE, backends=["compiled reference"], seconds=0.05)
+            assert not any(row["why"] for row in op.measure_case(case, options, lambda *_: None)["rows"])
 
 
 def test_a_convolution_is_measured_and_linear_only_methods_say_so():
