@@ -97,6 +97,7 @@ def test_every_shape_is_compiled(monkeypatch):
     with torch._dynamo.config.patch(recompile_limit=2):
         for size in (8, 16, 24):
             assert measure([providers.BY_NAME["wy-compile"]], shapes.linear(4, size, 8))["wy-compile"]["why"] is None
+        for size in (8, 16, 24):
             case = {"name": "op", "M": 4, "D": size, "dtype": "float32", "rank": 2}
             options = argparse.Namespace(device=DEVICE, backends=["compiled reference"], seconds=0.05)
             assert not any(row["why"] for row in op.measure_case(case, options, lambda *_: None)["rows"])
