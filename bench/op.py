@@ -36,7 +36,11 @@ class _Inputs:
     """One input set of all operators."""
 
     def __init__(self, case: cases.Case, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-        self.x, self.u, self.dy = (tensor.to(device) for tensor in cases.make_inputs(case, dtype, seed))
+        generator = torch.Generator(device).manual_seed(seed)
+        sizes = (case.M, case.D)
+        self.x, self.dy = (torch.randn(sizes, generator=generator, device=device).to(dtype) for _ in range(2))
+        u = cases.make_u(case.D, case.R, case.columns, torch.Generator().manual_seed(seed))
+        self.u = u.to(device, reference.factor_dtype(dtype))
         self.v, self.t = reference.wy_factor(self.u)
         self.p = reference.reflect_fwd(self.x, self.v, self.t, True)[1]
         self.dv, self.dt = torch.randn_like(self.v), torch.randn_like(self.t)

@@ -97,7 +97,7 @@ class _Devices(TorchFunctionMode):
         if name in _TO_HOST:
             target = HOST
         to_host = all(map(_is_on_host, given)) if target is None else torch.device(target).type == "cpu"
-        if not to_host and not given and kwargs.get("generator") is not None:
+        if not to_host and not given and not getattr(kwargs.get("generator"), "on_gpu", True):
             raise RuntimeError(f"{name}: expected a 'cuda' device type for generator but found 'cpu'")
         moves = bool(given) and target is not None and to_host != _is_on_host(given[0])
         counts = name == "repeat_interleave" and len(given) == 2 and "output_size" not in kwargs
@@ -112,6 +112,13 @@ class _Devices(TorchFunctionMode):
             if not any(tensor is one for one in given):
                 _put(tensor, to_host)
         return result
+
+
+class _Generator(torch.Generator):
+    def __new__(cls, device: object = HOST) -> "_Generator":
+        generator = super().__new__(cls, HOST)
+        generator.on_gpu = str(device).startswith("cuda")
+        return generator
 
 
 class _Stream:
@@ -186,6 +193,7 @@ def pretend_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         place = property(lambda tensor: HOST if _is_on_host(tensor) else GPU)
         stack.enter_context(mock.patch.object(Tensor, "device", place))
         stack.enter_context(mock.patch.object(Tensor, "is_cuda", property(lambda tensor: not _is_on_host(tensor))))
