@@ -58,7 +58,7 @@ cudaLaunchConfig_t configuration(const Launch& how, cudaLaunchAttribute* attribu
   configuration.blockDim = dim3(static_cast<unsigned>(how.threads), 1, 1);
   configuration.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   configuration.stream = static_cast<cudaStream_t>(how.stream);
-  if (how.cluster > 1) {
+  if (how.cluster > 0) {  // one block too: cudaOccupancyMaxActiveClusters demands a size
     attribute->id = cudaLaunchAttributeClusterDimension;
     attribute->val.clusterDim.x = static_cast<unsigned>(how.cluster);
     attribute->val.clusterDim.y = 1;

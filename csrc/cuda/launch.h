@@ -18,7 +18,7 @@ struct Launch {
   int threads;
   int64_t shared_bytes;
   void* stream;
-  int cluster = 1;  // blocks along x that form a cluster
+  int cluster = 0;  // blocks along x that form a cluster; 0: the kernel knows no clusters
 };
 
 struct Device {
@@ -37,7 +37,7 @@ Status launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&
   emulation::LaunchShape shape;
   shape.grid = {static_cast<unsigned>(how.grid_x), static_cast<unsigned>(how.grid_y), 1};
   shape.threads = static_cast<unsigned>(how.threads);
-  shape.cluster = static_cast<unsigned>(how.cluster);
+  shape.cluster = how.cluster > 0 ? static_cast<unsigned>(how.cluster) : 1;
   shape.shared_bytes = static_cast<size_t>(how.shared_bytes);
   return report(emulation::run(shape, [&] { kernel(arguments...); }));
 }
