@@ -1,6 +1,5 @@
-// hra_kernels._cuda: device pointers and sizes in, checked here, passed on to
-// csrc/hra.h (namespace cuda). The same source, with HRA_EMULATION, is the
-// module `_emulated`, whose device is the model in csrc/cuda/emulation.
+// hra_kernels._cuda: device pointers and sizes in, checked here, passed on to csrc/hra.h (namespace cuda). The same
+// source, with HRA_EMULATION, is the module `_emulated`, whose device is the model in csrc/cuda/emulation.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -174,8 +173,7 @@ void wy_factor_bwd(const std::vector<GradientLayer>& layers, uintptr_t stream) {
 }
 
 #ifdef HRA_EMULATION
-// (blocks, blocks per cluster, bytes of shared memory) of each launch since the
-// last call
+// (blocks, blocks per cluster, bytes of shared memory) of each launch since the last call
 std::vector<std::tuple<unsigned, unsigned, size_t>> launches() {
   std::vector<std::tuple<unsigned, unsigned, size_t>> result;
   for (const auto& shape : hra::emulation::take_launches()) {
@@ -202,11 +200,8 @@ PYBIND11_MODULE(HRA_MODULE_NAME, m) {
   m.def("wy_factor_fwd", &wy_factor_fwd, "layers"_a, "stream"_a);
   m.def("wy_factor_bwd", &wy_factor_bwd, "layers"_a, "stream"_a);
 #ifdef HRA_EMULATION
-  m.def("launches", &launches,
-        "(blocks, blocks per cluster, shared bytes) of each launch since the "
-        "last call.");
+  m.def("launches", &launches, "(blocks, blocks per cluster, shared bytes) of each launch since the last call.");
   m.def("emulate", &emulate, "seed"_a, "capability"_a,
-        "Chooses the schedule and the compute capability (times ten) of the "
-        "launches that follow.");
+        "Chooses the schedule and the compute capability (times ten) of the launches that follow.");
 #endif
 }
