@@ -14,8 +14,8 @@ from collections.abc import Iterable
 
 from bench.gpu.session import Session, StageFailed
 
-SHAPES = [(8192, 2048), (8192, 4096), (8192, 8192), (8192, 16384)]
-RANKS = [8, 16]
+SHAPES = [(8192, 2048), (8192, 4096), (8192, 16384)]
+RANKS = [8]
 SECTIONS = ["SpeedOfLight", "LaunchStats", "Occupancy", "SchedulerStats", "WarpStateStats", "MemoryWorkloadAnalysis"]
 METRICS = {
     "Duration": "time",
@@ -90,7 +90,8 @@ def run_operators(device_name: str, shapes: Iterable[tuple[int, int]], ranks: li
     device = torch.device(device_name)
     for M, D in shapes:
         for rank in ranks:
-            x, u, dy = (tensor.to(device) for tensor in cases.make_inputs(cases.Case(M, D, rank), torch.bfloat16))
+            x, dy = (torch.randn(M, D, device=device).to(torch.bfloat16) for _ in range(2))
+            u = cases.make_u(D, rank, "random", torch.Generator().manual_seed(0)).to(device)
             v, t = reference.wy_factor(u)
             p = reference.reflect_fwd(x, v, t, True)[1]
             dv, dt = torch.randn_like(v), torch.randn_like(t)
