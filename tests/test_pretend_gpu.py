@@ -13,6 +13,8 @@ from hra_kernels import ops
 from hra_kernels.nn import HRALinear
 from tests.pretend_gpu import pretend_gpu
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing need be pretended")
+
 METHODS = ["frozen", "ours", "ours-nn", "wy-eager", "lora", "oft", "peft-hra", "adalora", "loha", "lokr"]
 COMMANDS = {
     "op": ["--shapes", "16x32x32", "--ranks", "8", "--backends", "reference"],
