@@ -20,12 +20,13 @@ def markdown(results: dict[str, Any], ours: str, floor: str) -> str:
     """
     data, found, where = results["data"], results["test_accuracy"], results["environment"]
     options = results["arguments"]
+    machine = where["gpus"][0] if where["gpus"] else f"{where['cpu']}, {where['torch_threads']} threads"
     intro = (
         f"{results['model']}, {data['source']} ({data['train']} to train, {data['validation']} to validate, "
         f"{data['test']} to test); HRA r = {options['rank']} on {', '.join(options['target_modules'])}, "
         f"{results['parameters']['trained']:,} trained parameters, {results['steps']} steps of "
-        f"{options['batch_size']}, seed {options['seed']}. Measured on {where['cpu']}, "
-        f"{where['torch_threads']} threads, torch {where['torch']}, PEFT {where['peft']}, backend {results['backend']}"
+        f"{options['batch_size']}, seed {options['seed']}. Measured on {machine}, torch {where['torch']}, "
+        f"PEFT {where['peft']}, backend {results['backend']}"
         + (f", commit {where['commit']}" if where["commit"] else "")
     )
     rows = [
