@@ -67,6 +67,7 @@ def test_env_text_gives_every_backend_and_why_it_is_missing(monkeypatch, capsys)
     assert lines == [["backend", "reference", "yes"], ["backend", "cuda", "no: no GPU that PyTorch can use"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["rich", "peft", "transformers", "matplotlib"])
 def test_core_install(missing):
     """Without the extras, `env` runs and `train` says which pip command brings what it lacks."""

@@ -393,6 +393,7 @@ def test_loading_new_values_is_seen():
 # --- bad surroundings -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_unknown_peft_version(tmp_path):
     code = (
         "import peft; peft.__version__ = '0.35.1'\n"
