@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _Inputs:
+class Inputs:
     """One input set of all operators."""
 
     def __init__(self, case: cases.Case, dtype: torch.dtype, device: torch.device, seed: int) -> None:
@@ -49,7 +49,7 @@ class _Inputs:
 class _Check:
     """The project's accuracy rule on the backend in force, for y, dx and du; the exact answer is computed once."""
 
-    def __init__(self, inputs: _Inputs, case: cases.Case) -> None:
+    def __init__(self, inputs: Inputs, case: cases.Case) -> None:
         self.inputs, self.case = inputs, case
         x, u, dy = inputs.x, inputs.u, inputs.dy
         self.exact, self.naive = (cases.explicit(x, u, dy, case, kind) for kind in (torch.float64, x.dtype))
@@ -65,7 +65,7 @@ class _Check:
         return relative, "; ".join(wrong) or None
 
 
-def _calls(functions: object) -> dict[str, Callable[[_Inputs], object]]:
+def calls(functions: object) -> dict[str, Callable[[Inputs], object]]:
     """The operators of a backend (or of `torch.ops.hra`) as functions of an input set."""
     return {
         "reflect_fwd": lambda s: functions.reflect_fwd(s.x, s.v, s.t, True),
@@ -85,7 +85,7 @@ class _CompiledReference:
         self.__dict__ |= {name: compile_one(getattr(reference, name)) for name in TRAFFIC}
 
 
-def _on_backend(name: str, call: Callable[[_Inputs], object], sets: list[_Inputs]) -> Callable[[int], object]:
+def _on_backend(name: str, call: Callable[[Inputs], object], sets: list[Inputs]) -> Callable[[int], object]:
     def run(i: int) -> object:
         with torch.no_grad(), ops.use_backend(name):
             return call(sets[i])
@@ -98,7 +98,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
     device, dtype, rank = options.device, DTYPES[case["dtype"]], case["rank"]
     problem = cases.Case(case["M"], case["D"], rank)
     bytes_each = 3 * problem.M * problem.D * dtype.itemsize
-    sets = [_Inputs(problem, dtype, device, seed) for seed in range(timing.input_sets(bytes_each, device))]
+    sets = [Inputs(problem, dtype, device, seed) for seed in range(timing.input_sets(bytes_each, device))]
     rows: dict[str, dict] = {FLOOR: {"provider": FLOOR, "label": "x.clone()", "op": FLOOR, "why": None}}
     samplers = {FLOOR: timing.sampler(timing.Variant(lambda i: sets[i].x.clone()), device, len(sets))}
     check = _Check(sets[0], problem)
@@ -119,10 +119,10 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
             rows[backend] = {"provider": backend, "label": f"all, {backend}", "op": "all", "why": why, "error": error}
             continue
         if backend == "compiled reference":
-            calls = {name: call for name, call in _calls(_CompiledReference()).items() if name in TRAFFIC}
+            operators = {name: call for name, call in calls(_CompiledReference()).items() if name in TRAFFIC}
         else:
-            calls = _calls(torch.ops.hra)
-        for name, call in calls.items():
+            operators = calls(torch.ops.hra)
+        for name, call in operators.items():
             key = f"{name} {backend}"
             row = {"provider": backend, "label": f"{name}, {backend}", "op": name, "why": None, "error": error}
             rows[key] = row

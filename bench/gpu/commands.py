@@ -10,15 +10,15 @@ BIG = ["8192x2048x2048", "llama3-8b-q", "llama3-70b-q", "8192x16384x16384"]
 
 
 def _op() -> list[list[str]]:
-    compiled = ["triton", "cuda", "reference"]
+    backends = ["triton", "cuda", "reference"]
     return [
-        ["--shapes", *BIG, "--ranks", "8", "16", "--dtypes", "bfloat16", "--backends", *compiled],
-        ["--shapes", "llama3-8b-q", "--ranks", "2", "32", "64", "--dtypes", "bfloat16", "--backends", *compiled],
-        ["--shapes", "llama3-8b-q", "--ranks", "8", "32", "--dtypes", "float32", "--backends", *compiled],
+        ["--shapes", *BIG, "--ranks", "8", "16", "--dtypes", "bfloat16", "--backends", *backends],
+        ["--shapes", "llama3-8b-q", "--ranks", "2", "32", "64", "--dtypes", "bfloat16", "--backends", *backends],
+        ["--shapes", "llama3-8b-q", "--ranks", "8", "32", "--dtypes", "float32", "--backends", *backends],
         ["--shapes", "2048x4096x4096", "--ranks", "8", "--dtypes", "bfloat16"],  # with the compiled reference
-        ["--shapes", "decode", "--ranks", "8", "--dtypes", "bfloat16", "--backends", *compiled],
+        ["--shapes", "decode", "--ranks", "8", "--dtypes", "bfloat16", "--backends", *backends],
         # in float64 the check of so many columns fits a GPU for few rows only
-        ["--shapes", "2048x4096x4096", "--ranks", "128", "--dtypes", "bfloat16", "--backends", *compiled],
+        ["--shapes", "2048x4096x4096", "--ranks", "128", "--dtypes", "bfloat16", "--backends", *backends],
     ]
 
 

@@ -84,33 +84,23 @@ def run_operators(device_name: str, shapes: Iterable[tuple[int, int]], ranks: li
     """Each operator once within a range named hra/backend/operator/MxDrR, having run before."""
     import torch
 
-    from hra_kernels import ops, reference
+    from bench import op
+    from hra_kernels import ops
     from tests import cases
 
     device = torch.device(device_name)
     for M, D in shapes:
         for rank in ranks:
-            x, dy = (torch.randn(M, D, device=device).to(torch.bfloat16) for _ in range(2))
-            u = cases.make_u(D, rank, "random", torch.Generator().manual_seed(0)).to(device)
-            v, t = reference.wy_factor(u)
-            p = reference.reflect_fwd(x, v, t, True)[1]
-            dv, dt = torch.randn_like(v), torch.randn_like(t)
-            calls = {
-                "reflect_fwd": (x, v, t, True),
-                "reflect_bwd": (dy, x, v, t, p, True),
-                "wy_factor_fwd": (u, False),
-                "wy_factor_bwd": (dv, dt, u, v, t, False),
-            }
+            inputs = op.Inputs(cases.Case(M, D, rank), torch.bfloat16, device, seed=0)
             for backend in backends:
-                for name, arguments in calls.items():
+                for name, call in op.calls(torch.ops.hra).items():
                     with ops.use_backend(backend):
-                        call = getattr(torch.ops.hra, name)
-                        call(*arguments)
+                        call(inputs)
                         if device.type == "cuda":
                             torch.cuda.synchronize()
                             torch.cuda.profiler.start()
                             with torch.cuda.nvtx.range(f"hra/{backend}/{name}/{M}x{D}r{rank}"):
-                                call(*arguments)
+                                call(inputs)
                                 torch.cuda.synchronize()
                             torch.cuda.profiler.stop()
 

@@ -33,7 +33,6 @@ def run_stage(session: Session, name: str, again: bool) -> None:
     entry = session.state.setdefault(name, {})
     if again:
         entry.clear()
-    entry.pop("failed", None)
     before = entry.get("seconds", 0.0)
     start = time.monotonic()
     print(f"=== {name} ({session.left():.0f} s left)", flush=True)

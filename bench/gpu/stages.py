@@ -198,18 +198,15 @@ def bench(level: str) -> Callable[[Session], str]:
     """The stage that runs a level of the benchmark."""
 
     def run(session: Session) -> str:
-        failed = session.state[f"bench-{level}"].setdefault("failed", {})
+        failed = session.state[f"bench-{level}"]["failed"] = {}
         commands = benchmarks(level, session.rehearse)
         common = ["--device", session.device, "--missing", "--out", str(session.results)]
         common += ["--threads", "1"] if session.rehearse else ["--threads", str(min(16, os.cpu_count() or 1))]
         for arguments in commands:
-            name = " ".join(arguments)
-            if name in failed:
-                continue
             try:
                 session.python(f"bench-{level}", "-m", "bench", level, *arguments, *common, least=30)
             except StageFailed as error:
-                failed[name] = str(error)
+                failed[" ".join(arguments)] = str(error)
         if failed:
             raise StageFailed(f"{len(failed)} of {len(commands)} commands failed: {next(iter(failed.values()))}")
         return f"{len(commands)} commands"

@@ -24,10 +24,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from bench import timing
+from bench import op, timing
 from hra_kernels import cuda_backend, reference, triton_backend, tuning
 from tests import cases, emulation, tolerance
 
@@ -83,28 +84,19 @@ class Bench:
     """Times one operator of one backend at one shape."""
 
     def __init__(self, backend, operator: str, shape: tuple[int, int], rank: int, dtype: torch.dtype, device: str):
-        self.backend, self.operator, self.device = backend, operator, torch.device(device)
-        self.sets = []
-        for seed in range(timing.input_sets(3 * shape[0] * shape[1] * dtype.itemsize, self.device)):
-            generator = torch.Generator(device).manual_seed(seed)
-            x, dy = (torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(2))
-            u = cases.make_u(shape[1], rank, "random", torch.Generator().manual_seed(seed)).to(device)
-            v, t = reference.wy_factor(u)
-            self.sets.append((x, dy, v, t, reference.reflect_fwd(x, v, t, True)[1]))
+        self.device = torch.device(device)
+        self.operators, self.operator, case = op.calls(backend), operator, cases.Case(*shape, rank)
+        count = timing.input_sets(3 * shape[0] * shape[1] * dtype.itemsize, self.device)
+        self.sets = [op.Inputs(case, dtype, self.device, seed) for seed in range(count)]
 
     @functools.cached_property
     def exact(self) -> tuple[torch.Tensor, ...]:
         """The first set's result in float64."""
-        x, dy, v, t, p = (tensor.double() for tensor in self.sets[0])
-        if self.operator == "reflect_fwd":
-            return reference.reflect_fwd(x, v, t, True)
-        return reference.reflect_bwd(dy, x, v, t, p, True)
+        wide = SimpleNamespace(**{name: tensor.double() for name, tensor in vars(self.sets[0]).items()})
+        return op.calls(reference)[self.operator](wide)
 
     def call(self, i: int) -> tuple[torch.Tensor, ...]:
-        x, dy, v, t, p = self.sets[i]
-        if self.operator == "reflect_fwd":
-            return self.backend.reflect_fwd(x, v, t, True)
-        return self.backend.reflect_bwd(dy, x, v, t, p, True)
+        return self.operators[self.operator](self.sets[i])
 
     def measure(self, samples: int = 5) -> tuple[float | None, float]:
         """(seconds, or None where it does not run; relative error) with the tables as they are."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.gpu.session import Session
 from bench.gpu.stages import STAGES
 
-PLOTS = ("layer-cost.png", "layer-memory.png", "op-roofline.png", "model-cost.png")
+PLOTS = ("layer-cost.png", "layer-memory.png", "op-roofline.png")
 LEVELS = ("op", "layer", "model", "numerics", "scaling")
 
 
@@ -61,7 +61,7 @@ def pack(session: Session, out: Path) -> None:
     for extra in (session.work / "tuning.py", session.work / "counters.ncu-rep"):
         if extra.exists():
             shutil.copy2(extra, out / extra.name)
-    for name in PLOTS[:3]:
+    for name in PLOTS:
         if (session.results / name).exists():
             shutil.copy2(session.results / name, out / name)
     print(text[-8000:])
