@@ -4,7 +4,6 @@ Nothing in csrc/cuda/ has run on a GPU yet: it is tested on the CPU emulation (t
 name (`HRA_BACKEND=cuda` or `use_backend("cuda")`). `hra_kernels.reference` is the specification.
 """
 
-import contextlib
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
@@ -32,10 +31,6 @@ def _rows(op: str, name: str, rows: Tensor) -> Tensor:
     return rows
 
 
-def _on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 class CudaBackend:
     """The operators through one compiled module: `_cuda`, or its emulation, whose device is the CPU."""
 
@@ -61,9 +56,9 @@ class CudaBackend:
             return f"it needs compute capability 8.0, {device} has {torch.cuda.get_device_capability(device)}"
         return None
 
-    def _launch(self, function, device: torch.device, *arguments) -> None:
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        with _on_device(device):
+    def _launch(self, function, tensor: Tensor, *arguments) -> None:
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+        with torch.cuda.device_of(tensor):
             function(*arguments, stream)
 
     def wy_factors(self, us: Sequence[Tensor], apply_gs: Sequence[bool]) -> list[tuple[Tensor, Tensor]]:
@@ -78,7 +73,7 @@ class CudaBackend:
                 (v.data_ptr(), t.data_ptr(), u.data_ptr(), size_d, rank, *u.stride(), _CODES[u.dtype], bool(gs))
             )
         if layers:
-            self._launch(self._native.wy_factor_fwd, us[0].device, layers)
+            self._launch(self._native.wy_factor_fwd, us[0], layers)
         return results
 
     def wy_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
@@ -92,7 +87,7 @@ class CudaBackend:
         tensors = [dv.contiguous(), dt.contiguous(), u, v.contiguous(), t.contiguous()]
         pointers = [tensor.data_ptr() for tensor in tensors]
         layer = (du.data_ptr(), *pointers, size_d, rank, *u.stride(), _CODES[u.dtype], bool(apply_gs))
-        self._launch(self._native.wy_factor_bwd, u.device, [layer])
+        self._launch(self._native.wy_factor_bwd, u, [layer])
         return du
 
     def reflect_fwd(self, x: Tensor, v: Tensor, t: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
@@ -106,7 +101,7 @@ class CudaBackend:
         pointers = [tensor.data_ptr() for tensor in (y, p, x, v, t)]
         sizes = (size_m, size_d, rank, size_d, x.stride(0))
         slice_d = select_slice("forward", rank, size_d)
-        self._launch(self._native.reflect_fwd, x.device, *pointers, *sizes, _CODES[x.dtype], transpose, slice_d)
+        self._launch(self._native.reflect_fwd, x, *pointers, *sizes, _CODES[x.dtype], transpose, slice_d)
         return y, p
 
     def reflect_dx(self, dy: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:
@@ -134,14 +129,14 @@ class CudaBackend:
             p = p.contiguous()
             dv = torch.empty((rank, size_d), dtype=torch.float32, device=dy.device)
             dt = torch.empty((rank, rank), dtype=torch.float32, device=dy.device)
-            with _on_device(dy.device):  # the plan is the device's
+            with torch.cuda.device_of(dy):  # the plan is the device's
                 workspace_bytes = self._native.reflect_bwd_workspace_bytes(size_m, size_d, rank, code, slice_d)
             workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=dy.device)
         pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (dx, dv, dt, dy, x, v, t, p)]
         strides = (size_d, dy.stride(0), size_d if x is None else x.stride(0))
         self._launch(
             self._native.reflect_bwd,
-            dy.device,
+            dy,
             *pointers,
             *(size_m, size_d, rank, *strides, code, transpose, slice_d),
             0 if workspace is None else workspace.data_ptr(),

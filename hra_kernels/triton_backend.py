@@ -8,7 +8,6 @@ six above, and one more where partial sums have to be added up. Nothing is speci
 nothing.
 """
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -84,10 +83,6 @@ def _factor_kernels():
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Every tensor a kernel of this backend writes is allocated here."""
     return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _on_device(tensor: Tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -217,7 +212,7 @@ def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> 
         return y.copy_(x), p.zero_() if p is not None else None
     v = v.contiguous()
     mode = _mode(x, R)
-    with _on_device(x):
+    with torch.cuda.device_of(x):
         if R <= FUSED_RANK:
             _launch(
                 _kernels().reflect_kernel, "reflect", lambda config: (_cdiv(M, config.block_m),), x, mode,
@@ -285,7 +280,7 @@ def reflect_bwd(
     if M == 0 or D == 0 or R == 0:
         return dx.copy_(dy), dv.zero_(), dt.zero_()
     v, p = v.contiguous(), p.contiguous()
-    with _on_device(x):
+    with torch.cuda.device_of(x):
         _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose)
     return dx, dv, dt
 
@@ -390,7 +385,7 @@ def wy_factor_batch(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
         return v, t.zero_()
     kernels = _factor_kernels()
     block_r = _power_of_two_above(R, 16)
-    with _on_device(u):
+    with torch.cuda.device_of(u):
         if not apply_gs:
             scale, phi = _scale_rows(u, True, v)
             g = _gram(v, v)
@@ -435,7 +430,7 @@ def wy_factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply
     block_r = _power_of_two_above(R, 16)
     w = _empty((1, R, R), torch.float64, u.device)
     inverse = w
-    with _on_device(u):
+    with torch.cuda.device_of(u):
         if not apply_gs:
             scale, phi = _scale_rows(u[None], True, None)
             kernels.chain_bwd_kernel[(_cdiv(R, 16), 1)](
