@@ -1,8 +1,8 @@
 """The check before the clock: no time is taken of a layer whose results are wrong.
 
-The HRA family is held to the project's one accuracy rule (tests/tolerance.py), for y, dx and du, against the explicit
-chain in float64. Methods with a function of their own are compared with their own float64 copy; for them it is a guard
-against NaN, tf32 and the like, with one bound a dtype.
+The HRA family is held to the project's one accuracy rule (hra_kernels/testing/tolerance.py), for y, dx and du, against
+the explicit chain in float64. Methods with a function of their own are compared with their own float64 copy; for them
+it is a guard against NaN, tf32 and the like, with one bound a dtype.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.providers import Provider, hra_parameter
-from tests import tolerance
+from hra_kernels.testing import tolerance
 
 OWN_BOUND = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 """Largest relative Frobenius error of a method against itself in float64: far above rounding, far below tf32's 3e-4 in

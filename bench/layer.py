@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench import providers as catalogue
+from bench import providers as catalog
 from bench import record, shapes, timing
 from bench.accuracy import LayerCheck
 from bench.record import Planned, Progress
@@ -47,17 +47,17 @@ def make_inputs(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, s
 
 
 def make_u(D: int, rank: int, device: torch.device) -> Tensor:
-    """u (D, R) away from HRA's initialisation: there pairs cancel and an adapter that does nothing would be right."""
+    """u (D, R) away from HRA's initialization: there pairs cancel and an adapter that does nothing would be right."""
     return torch.randn(D, rank, generator=torch.Generator().manual_seed(1)).to(device)
 
 
-def adapted(provider: catalogue.Provider, base: nn.Module, u: Tensor) -> nn.Module:
+def adapted(provider: catalog.Provider, base: nn.Module, u: Tensor) -> nn.Module:
     """The provider's layer around `base`, away from its initial state."""
     layer = provider.build(base, u.shape[1]).to(u.device)
     if provider.hra:
-        catalogue.set_u(layer, u)
+        catalog.set_u(layer, u)
     else:
-        catalogue.scramble(layer, torch.Generator().manual_seed(2))
+        catalog.scramble(layer, torch.Generator().manual_seed(2))
     return layer
 
 
@@ -93,7 +93,7 @@ def measure_case(
     base: nn.Module,
     inputs: list[tuple[Tensor, Tensor]],
     u: Tensor,
-    chosen: list[catalogue.Provider],
+    chosen: list[catalog.Provider],
     seconds: float,
     progress: Progress,
     network: Callable[[nn.Module], nn.Module] = lambda layer: layer,
@@ -115,8 +115,8 @@ def measure_case(
             if row["why"] is None:
                 samplers[provider.name] = prepare(row, network(layer), inputs)
         except Exception as error:
-            row["why"] = catalogue.reason(error)
-    floor = catalogue.FLOOR if catalogue.FLOOR in samplers else None
+            row["why"] = catalog.reason(error)
+    floor = catalog.FLOOR if catalog.FLOOR in samplers else None
     result = timing.interleave(
         samplers, floor, seconds, advance=lambda done: progress(f"{case['name']}: rounds", 0.5 + 0.5 * done)
     )

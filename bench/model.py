@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bench import models, record, timing
-from bench import providers as catalogue
+from bench import providers as catalog
 from bench.accuracy import beyond
 from bench.layer import DTYPES
 from bench.record import Planned, Progress
-from tests import tolerance
+from hra_kernels.testing import tolerance
 
 BOUND = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float64: 1e-10}
 """Largest relative error of loss and adapter gradient. A network amplifies rounding, bfloat16's to several per cent; an
@@ -64,7 +64,7 @@ class ExplicitChain(nn.Module):
         return x
 
 
-EXACT = catalogue.Provider("exact", "explicit chain", wrap=ExplicitChain, hra=True)
+EXACT = catalog.Provider("exact", "explicit chain", wrap=ExplicitChain, hra=True)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -73,11 +73,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapt(
-    provider: catalogue.Provider, base: nn.Module, spec: models.Model, rank: int, device: torch.device
+    provider: catalog.Provider, base: nn.Module, spec: models.Model, rank: int, device: torch.device
 ) -> nn.Module:
     """A copy of `base` with the provider's adapters away from their initial state."""
     model = provider.build_model(copy.deepcopy(base), spec.targets, rank).to(device)
-    if provider.name == catalogue.FLOOR:
+    if provider.name == catalog.FLOOR:
         path = first_layer(model, spec)
         parent, _, child = path.rpartition(".")
         setattr(model.get_submodule(parent), child, TrainedShift(model.get_submodule(path)))
@@ -143,7 +143,7 @@ class ModelCheck:
         return tuple(torch.stack(parts).mean(0) for parts in zip(*answers, strict=True))
 
     def __call__(
-        self, provider: catalogue.Provider, model: nn.Module, prepared: nn.Module
+        self, provider: catalog.Provider, model: nn.Module, prepared: nn.Module
     ) -> tuple[dict[str, float], str | None]:
         """({quantity: relative error}, None or what is wrong) of `prepared`, which is `model` in the case's mode."""
         device = next(model.parameters()).device
@@ -164,7 +164,7 @@ class ModelCheck:
 
 
 def training_step(model: nn.Module, spec: models.Model, batch: dict[str, Tensor]) -> timing.Variant:
-    """One optimiser step on what is trainable."""
+    """One optimizer step on what is trainable."""
     parameters = list(trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, foreach=True, capturable=parameters[0].is_cuda)
 
@@ -183,8 +183,8 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
     try:
         with device:
             base = spec.build().to(dtype)
-    except catalogue.Unavailable as error:  # the model itself cannot be built here
-        row = {"provider": "all", "label": "all", "why": catalogue.reason(error)}
+    except catalog.Unavailable as error:  # the model itself cannot be built here
+        row = {"provider": "all", "label": "all", "why": catalog.reason(error)}
         return record.entry(case, device, None, [row])
     batch = _cast(spec.batch(torch.Generator().manual_seed(0)), dtype, device)
     check = ModelCheck(base, spec, options.rank, batch, dtype)
@@ -195,7 +195,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
         try:
             model = adapt(provider, base, spec, options.rank, device)
             prepared = MODES[case["mode"]](model)
-            if provider.name != catalogue.FLOOR:
+            if provider.name != catalog.FLOOR:
                 row["error"], wrong = check(provider, model, prepared)
                 row["why"] = wrong and f"wrong: {wrong}"
             if row["why"] is None:
@@ -204,8 +204,8 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
                 row["peak_bytes"] = timing.peak_bytes(lambda timed=timed: timed.run(0), device)
                 samplers[provider.name] = timing.wall_sampler(timed, device)
         except Exception as error:
-            row["why"] = catalogue.reason(error)
-    floor = catalogue.FLOOR if catalogue.FLOOR in samplers else None
+            row["why"] = catalog.reason(error)
+    floor = catalog.FLOOR if catalog.FLOOR in samplers else None
     result = timing.interleave(
         samplers, floor, options.seconds, advance=lambda done: progress(f"{spec.name}: rounds", 0.5 + 0.5 * done)
     )

@@ -5,7 +5,7 @@ Nothing is timed. Every quantity is one run with one row a provider, its numbers
     orthogonality  max |QᵀQ - I| in float32 of the map the layer applies, by the kind of u's columns
     identity       max |layer(x) - base(x)| right after creation, by dtype; 0 means bit for bit
     merge          relative change of the base weight after n cycles of merge and unmerge, by dtype and n
-    gradient       relative error of u's gradient against float64, one optimiser step after creation and at random u
+    gradient       relative error of u's gradient against float64, one optimizer step after creation and at random u
     training       bfloat16 against float32: |Q16 - Q32| / |Q32 - I| after n AdamW steps on the same teacher's data
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from bench import layer, record, shapes
-from bench import providers as catalogue
+from bench import providers as catalog
 from bench.accuracy import explicit_layer, gradients
 from bench.record import Planned, Progress
-from tests import cases, tolerance
+from hra_kernels.testing import cases, tolerance
 
 DEFAULT_PROVIDERS = ["ours", "wy-eager", "peft-hra"]
 COLUMNS = ["random", "near_parallel", "paired_step", "zero_columns", "scales"]
@@ -51,42 +51,42 @@ def _columns(size: int, rank: int, kind: str, device: torch.device) -> Tensor:
 
 def _map_of(adapted: nn.Module, size: int) -> Tensor:
     """Qᵀ as an adapted identity layer applies it to the unit vectors, in float64."""
-    u = catalogue.hra_parameter(adapted)
+    u = catalog.hra_parameter(adapted)
     with torch.no_grad():
         return adapted(torch.eye(size, device=u.device)).double()
 
 
-def orthogonality(provider: catalogue.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
+def orthogonality(provider: catalog.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
     values = {}
     for kind in COLUMNS:
         adapted = provider.build(_identity_base(size, device), rank).to(device)
-        catalogue.set_u(adapted, _columns(size, rank, kind, device))
+        catalog.set_u(adapted, _columns(size, rank, kind, device))
         q = _map_of(adapted, size)
         values[kind] = (q @ q.mT - torch.eye(size, device=device)).abs().max().item()
     return values
 
 
-def identity(provider: catalogue.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
+def identity(provider: catalog.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
     values = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         base = _base(size, dtype, device)
         adapted = provider.build(copy.deepcopy(base), rank).to(device)
-        if isinstance(adapted, catalogue.PlainWY):  # it has no initialisation of its own: PEFT's, in pairs
+        if isinstance(adapted, catalog.PlainWY):  # it has no initialization of its own: PEFT's, in pairs
             half = torch.randn(size, rank // 2, generator=torch.Generator().manual_seed(6))
-            catalogue.set_u(adapted, half.repeat_interleave(2, 1))
+            catalog.set_u(adapted, half.repeat_interleave(2, 1))
         x = layer.make_inputs(shapes.linear(256, size, size), dtype, device, 7)[0]
         with torch.no_grad():
             values[str(dtype).removeprefix("torch.")] = (adapted(x).double() - base(x).double()).abs().max().item()
     return values
 
 
-def merge(provider: catalogue.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
+def merge(provider: catalog.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
     if provider.peft is None:
-        raise catalogue.Unavailable("no merge")
+        raise catalog.Unavailable("no merge")
     values = {}
     for dtype in (torch.float32, torch.bfloat16):
         adapted = provider.build(_base(size, dtype, device), rank)
-        catalogue.set_u(adapted, _columns(size, rank, "random", device))
+        catalog.set_u(adapted, _columns(size, rank, "random", device))
         before = adapted.get_base_layer().weight.detach().double().clone()
         for cycle in range(1, max(MERGES) + 1):
             adapted.merge()
@@ -97,7 +97,7 @@ def merge(provider: catalogue.Provider, size: int, rank: int, device: torch.devi
     return values
 
 
-def gradient(provider: catalogue.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
+def gradient(provider: catalog.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
     values = {}
     for kind in ("paired_step", "random"):
         for dtype in (torch.float32, torch.bfloat16):
@@ -106,13 +106,13 @@ def gradient(provider: catalogue.Provider, size: int, rank: int, device: torch.d
             u = _columns(size, rank, kind, device)
             exact = explicit_layer(base, x, u, dy, torch.float64)["du"]
             adapted = provider.build(base, rank).to(device)
-            catalogue.set_u(adapted, u)
-            du = gradients(adapted, x, [catalogue.hra_parameter(adapted)], dy)[1][1]
+            catalog.set_u(adapted, u)
+            du = gradients(adapted, x, [catalog.hra_parameter(adapted)], dy)[1][1]
             values[f"{kind} {str(dtype).removeprefix('torch.')}"] = tolerance.errors(du, exact)["frobenius"]
     return values
 
 
-def training(provider: catalogue.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
+def training(provider: catalog.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
     weight = _base(size, torch.bfloat16, device).weight.detach().float()
     teacher = weight.double()
     for column in torch.randn(size, 2, generator=torch.Generator().manual_seed(9)).to(device).double().unbind(1):
@@ -124,8 +124,8 @@ def training(provider: catalogue.Provider, size: int, rank: int, device: torch.d
             base.weight.copy_(weight)
         adapted = provider.build(base, rank).to(device)
         half = torch.randn(size, rank // 2, generator=torch.Generator().manual_seed(10)) / math.sqrt(size)
-        catalogue.set_u(adapted, half.repeat_interleave(2, 1))
-        u = catalogue.hra_parameter(adapted)
+        catalog.set_u(adapted, half.repeat_interleave(2, 1))
+        u = catalog.hra_parameter(adapted)
         optimizer = torch.optim.AdamW([u], lr=1e-3, weight_decay=0.0)
         maps = {}
         for step in range(1, max(STEPS) + 1):
@@ -173,7 +173,7 @@ def plan(options: argparse.Namespace) -> list[Planned]:
                 try:
                     row["values"] = MEASURES[name](provider, options.size, options.rank, options.device)
                 except Exception as error:
-                    row["why"] = catalogue.reason(error)
+                    row["why"] = catalog.reason(error)
                 rows.append(row)
             return record.entry(case, options.device, None, rows)
 

@@ -11,12 +11,13 @@ from collections.abc import Callable
 
 import torch
 
-from bench import providers as catalogue
+from bench import providers as catalog
 from bench import record, shapes, timing
 from bench.layer import DTYPES
 from bench.record import Planned, Progress
 from hra_kernels import ops, reference
-from tests import cases, tolerance
+from hra_kernels.factors import factor_dtype
+from hra_kernels.testing import cases, tolerance
 
 FLOOR = "copy"
 TRAFFIC = {"reflect_fwd": 1.0, "reflect_dx": 1.0, "reflect_bwd": 1.5}
@@ -40,7 +41,7 @@ class Inputs:
         sizes = (case.M, case.D)
         self.x, self.dy = (torch.randn(sizes, generator=generator, device=device).to(dtype) for _ in range(2))
         u = cases.make_u(case.D, case.R, case.columns, torch.Generator().manual_seed(seed))
-        self.u = u.to(device, reference.factor_dtype(dtype))
+        self.u = u.to(device, factor_dtype(dtype))
         self.v, self.t = reference.wy_factor(self.u)
         self.p = reference.reflect_fwd(self.x, self.v, self.t, True)[1]
         self.dv, self.dt = torch.randn_like(self.v), torch.randn_like(self.t)
@@ -114,7 +115,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
                     error, wrong = check()
                 why = wrong and f"wrong: {wrong}"
             except Exception as failure:
-                why = catalogue.reason(failure)
+                why = catalog.reason(failure)
         if why is not None:
             rows[backend] = {"provider": backend, "label": f"all, {backend}", "op": "all", "why": why, "error": error}
             continue
@@ -131,7 +132,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
                 timed.run(0)  # what compiles, compiles here
                 samplers[key] = timing.sampler(timed, device, len(sets))
             except Exception as failure:
-                row["why"] = catalogue.reason(failure)
+                row["why"] = catalog.reason(failure)
     result = timing.interleave(
         samplers,
         FLOOR,

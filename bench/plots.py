@@ -57,7 +57,7 @@ STYLE = {
 }
 
 
-def colour(provider: str) -> str:
+def color(provider: str) -> str:
     return COLOURS.get(provider, OTHER)
 
 
@@ -126,12 +126,12 @@ def cost(folder: Path, name: str, title: str, runs: list[dict]) -> None:
         axes.set_xscale("log")
         for y, (method, (_, rows)) in enumerate(methods.items()):
             middle = statistics.median(row["ratio"]["median"] for _, row in rows)
-            axes.barh(y, middle - 1, left=1, height=0.62, color=colour(method), alpha=0.35, linewidth=0)
+            axes.barh(y, middle - 1, left=1, height=0.62, color=color(method), alpha=0.35, linewidth=0)
             axes.text(middle * 1.02, y - 0.36, _times(middle), fontsize=7.5, color=MUTED, va="center", zorder=4)
             for index, row in rows:
                 ratio = row["ratio"]
-                axes.plot([ratio["p20"], ratio["p80"]], [y, y], color=colour(method), linewidth=1.2, zorder=2)
-                axes.plot(ratio["median"], y, MARKERS[index % 8], color=colour(method), markersize=5.5, zorder=3)
+                axes.plot([ratio["p20"], ratio["p80"]], [y, y], color=color(method), linewidth=1.2, zorder=2)
+                axes.plot(ratio["median"], y, MARKERS[index % 8], color=color(method), markersize=5.5, zorder=3)
         axes.axvline(1, color=FLOOR, linewidth=1.4)
         _rows_axis(axes, methods)
         low, high = axes.get_xlim()
@@ -151,9 +151,9 @@ def memory(folder: Path, name: str, title: str, runs: list[dict]) -> None:
         axes.set_xscale("log")
         for y, (method, (_, rows)) in enumerate(methods.items()):
             sizes = [max(row["saved_beyond_x_bytes"], 1) / 2**20 for _, row in rows]
-            axes.plot([min(sizes), max(sizes)], [y, y], color=colour(method), linewidth=5, alpha=0.35)
+            axes.plot([min(sizes), max(sizes)], [y, y], color=color(method), linewidth=5, alpha=0.35)
             for (index, _), size in zip(rows, sizes, strict=True):
-                axes.plot(size, y, MARKERS[index % 8], color=colour(method), markersize=5.5)
+                axes.plot(size, y, MARKERS[index % 8], color=color(method), markersize=5.5)
         _rows_axis(axes, methods)
         axes.set_title(title)
         axes.set_xlabel("MiB kept for backward, without x and parameters", color=MUTED)
@@ -183,7 +183,7 @@ def roofline(folder: Path, name: str, title: str, runs: list[dict]) -> None:
                     if values:
                         x = o + (b + 0.5) * width - 0.4
                         label = backend if o == 0 else None
-                        axes.bar(x, statistics.median(values), width * 0.9, color=colour(backend), label=label)
+                        axes.bar(x, statistics.median(values), width * 0.9, color=color(backend), label=label)
                         axes.plot([x] * len(values), values, "o", color=INK, markersize=2, alpha=0.6)
             axes.axhline(100, color=FLOOR, linewidth=1.2)
             axes.set_xticks(range(3), ["forward", "dx only", "backward"])
@@ -211,8 +211,8 @@ def scaling(folder: Path, name: str, title: str, runs: list[dict]) -> None:
                 at = [points[index]["case"]["value"] for index, _ in rows]
                 middle, low, high = ([row["ratio"][key] for _, row in rows] for key in ("median", "p20", "p80"))
                 weight = 2.4 if method == "ours" else 1.4
-                axes.plot(at, middle, "o-", color=colour(method), label=label, linewidth=weight, markersize=4)
-                axes.fill_between(at, low, high, color=colour(method), alpha=0.15, linewidth=0)
+                axes.plot(at, middle, "o-", color=color(method), label=label, linewidth=weight, markersize=4)
+                axes.fill_between(at, low, high, color=color(method), alpha=0.15, linewidth=0)
             axes.axhline(1, color=FLOOR, linewidth=1.2)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

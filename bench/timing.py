@@ -7,7 +7,7 @@ Time    Every variant is warmed up, then measured in rounds: each round runs eac
         other processes held this one up is repeated.
 Inputs  are made before; parameters are touched (their version changes, their values do not) before every call, outside
         the clock, so that nothing computed from parameters can be carried from one call to the next: each call is the
-        first micro-batch after an optimiser step.
+        first micro-batch after an optimizer step.
 GPU     Several input sets, together at least twice the L2 cache, are cycled through. All of them are captured in one
         CUDA graph; what waits for the GPU, or cannot be captured for another reason, is queued behind a sleeping kernel
         so that the host's gaps are not timed. `host_seconds` is the other number: plain calls from Python, with the

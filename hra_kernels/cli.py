@@ -109,7 +109,7 @@ def _add_nlu(jobs) -> None:
     hra.add_argument("--apply-gs", action="store_true", help="Gram-Schmidt: reflect along orthogonal vectors")
 
     steps = nlu.add_argument_group("training")
-    steps.add_argument("--steps", type=_positive(int), metavar="N", help="optimiser steps (default: 300; quick: 50)")
+    steps.add_argument("--steps", type=_positive(int), metavar="N", help="optimizer steps (default: 300; quick: 50)")
     steps.add_argument("--batch-size", type=_positive(int), default=32, metavar="N", help="sentences a step (32)")
     steps.add_argument("--lr", type=_positive(float), default=3e-3, metavar="RATE", help="peak learning rate (3e-3)")
     steps.add_argument("--seed", type=int, default=0, help="of splits, head, adapter and order (default: 0)")

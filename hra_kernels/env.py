@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import hra_kernels
-from hra_kernels import cpu_backend, ops
+from hra_kernels import ops
+from hra_kernels.backends import cpu as cpu_backend
 
 
 def _version(package: str) -> str | None:

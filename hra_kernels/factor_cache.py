@@ -2,9 +2,9 @@
 
 A factor depends on parameters alone, so a training step with many micro-batches, or the generation of many tokens,
 needs it once. What counts as a change: another tensor, another version of it (any in-place operation PyTorch sees), a
-step of any `torch.optim.Optimizer` since (some optimisers write through raw pointers, which no version shows), and on a
+step of any `torch.optim.Optimizer` since (some optimizers write through raw pointers, which no version shows), and on a
 CPU any other value (weight averaging and `torch.autograd.gradcheck` write through `.data`). Comparing values would
-stall a GPU: there, code that writes through `.data` outside an optimiser calls `clear()`.
+stall a GPU: there, code that writes through `.data` outside an optimizer calls `clear()`.
 """
 
 import weakref
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hra_kernels.factors import join_factors
 from hra_kernels.ops import chain_factor, factor_in_groups, wants_plain_ops, wy_factor_many
-from hra_kernels.reference import join_factors
 
 _optimizer_steps = 0
 
@@ -29,7 +29,7 @@ register_optimizer_step_post_hook(_count_step)
 
 
 def optimizer_steps() -> int:
-    """How many steps all optimisers of this process have made."""
+    """How many steps all optimizers of this process have made."""
     return _optimizer_steps
 
 
@@ -101,7 +101,7 @@ def refill(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[bool]]
     """Bring the caches of a model up to date together: factors of one shape come from the launches of one.
 
     Where a backend computes factors in groups (`ops.factor_in_groups`), 200 layers of three shapes cost the launches of
-    three, once an optimiser step; elsewhere each layer is left to compute its own. The backward of a factor stays with
+    three, once an optimizer step; elsewhere each layer is left to compute its own. The backward of a factor stays with
     its layer: one node for all of them would hold every gradient back to the end, and activation checkpointing could
     not run a layer's forward again on its own.
 

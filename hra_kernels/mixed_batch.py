@@ -2,7 +2,7 @@
 
     y[s] = x[s] - (x[s] v_cᵀ) m_c v_c,   c = chains[s],   m = tᵀ if transpose else t
 
-The factors of all chains lie side by side, `v (C, R, D)` and `t (C, R, R)` (`reference.stack_factors`); each sample
+The factors of all chains lie side by side, `v (C, R, D)` and `t (C, R, R)` (`factors.stack_factors`); each sample
 gathers its own and batched matrix products do the rest: as many launches, and per sample as much work, for a hundred
 chains as for one. A sample meets no factor but its own, so NaN in one chain stays with the samples of that chain, and a
 sample without a chain is copied bit for bit.
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from hra_kernels import reference
+from hra_kernels.factors import factor_dtype
 from hra_kernels.functional import conv, in_autocast_dtype
 from hra_kernels.ops import check_dtype, differentiable_backward, wants_graph, wants_plain_ops
-from hra_kernels.reference import factor_dtype
 
 _BLOCK = 2**22
 """Elements of x, or of gathered v, in one block: 16 MiB of float32."""

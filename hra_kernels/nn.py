@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hra_kernels.factor_cache import FactorCache
+from hra_kernels.factors import factor_dtype
 from hra_kernels.functional import hra_conv2d, hra_linear, hra_weight
-from hra_kernels.reference import factor_dtype
 
 
 class _HRALayer(nn.Module):
@@ -66,7 +66,7 @@ class HRALinear(_HRALayer):
     Args:
         base_layer: the layer to adapt; it is frozen in place and kept, its weight is never changed.
         r: number of reflections; even, so that the layer can start as the base layer.
-        apply_gs: orthonormalise the columns of `hra_u` first.
+        apply_gs: orthonormalize the columns of `hra_u` first.
         init_weights: start as the base layer.
 
     The trainable parameter is `hra_u` (in_features, r), float32 (float64 over a float64 layer).

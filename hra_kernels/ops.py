@@ -5,7 +5,7 @@
     reflect_chain(x, us, ...)   both, for the product of chains; what layers use
 
 `attach_factor` makes the factor's graph node from a factor computed earlier, so one factor serves every micro-batch
-between two optimiser steps while each micro-batch's graph is freed on its own.
+between two optimizer steps while each micro-batch's graph is freed on its own.
 
 Each operator is one `torch.library` schema served by whichever backend `select_backend` names; `hra_kernels.reference`
 is the specification of all of them. Double backward, forward-mode AD and `torch.func` transforms run the reference's
@@ -20,16 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hra_kernels import cpu_backend, cuda_backend, reference, triton_backend
-from hra_kernels.reference import factor_dtype
+from hra_kernels import reference
+from hra_kernels.backends import cpu, cuda, triton
+from hra_kernels.factors import factor_dtype, join_factors, join_factors_bwd, split_factor
 
 BACKEND_VARIABLE = "HRA_BACKEND"
 
 BACKENDS = {
     "reference": reference,
-    "cpu": cpu_backend,
-    "triton": triton_backend,
-    "cuda": cuda_backend.BACKEND,  # by name only until a GPU has verified it
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda.BACKEND,  # by name only until a GPU has verified it
 }
 _PREFERRED = {"cpu": "cpu", "cuda": "triton"}
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -260,8 +261,8 @@ class _Factor(torch.autograd.Function):
         widths = [u.shape[1] for u in us]
         factors, grads = [(v, t)], [(dv, dt)]
         if len(us) > 1:
-            factors = reference.split_factor(v, t, widths)
-            grads = reference.join_factors_bwd(dv, dt, v, t, widths)
+            factors = split_factor(v, t, widths)
+            grads = join_factors_bwd(dv, dt, v, t, widths)
         parts = zip(grads, us, factors, ctx.apply_gs, needed, strict=True)
         dus = [
             torch.ops.hra.wy_factor_bwd(*grad, u, *factor, gs) if need else None for grad, u, factor, gs, need in parts
@@ -303,7 +304,7 @@ def chain_factor(
         _check_u("chain_factor", u)
     with torch.no_grad():
         us = in_factor_dtype(us, dtype)
-        return reference.join_factors([torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
+        return join_factors([torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
 def factor_in_groups(u: Tensor) -> bool:
@@ -314,7 +315,7 @@ def factor_in_groups(u: Tensor) -> bool:
 def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[Tensor, Tensor]]:
     """`wy_factor` of each u, without gradient; us of one shape share their launches where the backend can batch.
 
-    For the factors of a whole model, once an optimiser step: 200 adapted layers of three shapes cost the launches of
+    For the factors of a whole model, once an optimizer step: 200 adapted layers of three shapes cost the launches of
     three. Memory: one more copy of us.
     """
     groups: dict[tuple, list[int]] = {}

@@ -1,4 +1,4 @@
-"""The paper's regulariser, λ Σ ‖I - ûᵀû‖_F over layers, with û the unit columns of u (arXiv 2405.17484).
+"""The paper's regularizer, λ Σ ‖I - ûᵀû‖_F over layers, with û the unit columns of u (arXiv 2405.17484).
 
 As in the authors' code it is the Frobenius norm itself, not its square; they use λ = 1e-4, and λ = ∞ is `apply_GS`.
 """

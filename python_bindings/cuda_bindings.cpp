@@ -12,7 +12,7 @@
 #include "hra.h"
 
 #ifdef HRA_EMULATION
-#include "cuda/emulation/machine.h"
+#include "emulation/machine.h"
 #endif
 
 namespace py = pybind11;

@@ -86,7 +86,7 @@ def run_operators(device_name: str, shapes: Iterable[tuple[int, int]], ranks: li
 
     from bench import op
     from hra_kernels import ops
-    from tests import cases
+    from hra_kernels.testing import cases
 
     device = torch.device(device_name)
     for M, D in shapes:

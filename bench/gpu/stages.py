@@ -87,9 +87,9 @@ def test_backend(session: Session) -> str:
     done = session.state["test"].setdefault("done", {})
     for name in backends(session):
         if name not in done:
-            own = {"triton": ["tests/triton_suite.py"]}.get(name, [])
+            own = {"triton": ["tests/triton/suite.py"]}.get(name, [])
             few = ["-k", "130x1000r8-zero"] if session.rehearse else []
-            summary = session.pytest("test", "--backends", name, "tests/test_accuracy.py", *own, *few)
+            summary = session.pytest("test", "--backends", name, "tests/operators/test_accuracy.py", *own, *few)
             passed = int(re.search(r"(\d+) passed", summary).group(1))
             if passed < FEWEST_TESTS and not session.rehearse:
                 raise StageFailed(f"{name}: only {summary}")
@@ -102,23 +102,26 @@ def test_backend(session: Session) -> str:
 
 def suite(session: Session) -> str:
     """The rest of the suite; tensors are on the GPU where a test takes the `device` fixture."""
-    others = [f"--ignore=tests/test_{name}.py" for name in ("accuracy", "cuda_emulated", "cuda_planted", "cli")]
-    selected = ["tests/test_reference.py"] if session.rehearse else ["tests", *others]
+    others = [
+        f"--ignore=tests/{name}.py"
+        for name in ("operators/test_accuracy", "cuda/test_emulated", "cuda/test_planted", "recipes/test_cli")
+    ]
+    selected = ["tests/operators/test_reference.py"] if session.rehearse else ["tests", *others]
     return session.pytest("suite", *selected, "-k", "not recipe and not bench", "--maxfail=30")
 
 
 def emulation(session: Session) -> str:
     """The CUDA emulation against the same tests, here: with `test` on the device, one file has judged both."""
-    code = "from tests import emulation; print(emulation.build())"
+    code = "from tests.cuda import emulation; print(emulation.build())"
     module = last_lines(session.python("emulation", "-c", code, least=40))
     few = ["-k", "repeated_runs or empty"] if session.rehearse else []
-    return session.pytest("emulation", "tests/test_cuda_emulated.py", *few, workers=4, HRA_EMULATED_MODULE=module)
+    return session.pytest("emulation", "tests/cuda/test_emulated.py", *few, workers=4, HRA_EMULATED_MODULE=module)
 
 
 def interpreter(session: Session) -> str:
     """Triton's interpreter with its repair against the same tests, here."""
     few = ["-k", "2x1000r16"] if session.rehearse else []
-    plugin = ["-p", "tests.triton_interpreter", "--backends", "triton", "tests/test_accuracy.py"]
+    plugin = ["-p", "tests.triton.interpreter", "--backends", "triton", "tests/operators/test_accuracy.py"]
     return session.pytest("interpreter", *plugin, *few, workers=4, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
@@ -129,7 +132,7 @@ def sanitize(session: Session) -> str:
         raise StageFailed("compute-sanitizer is not on the PATH")
     done = session.state["sanitize"].setdefault("done", {})
     cases = "128x1000r8 or 127x1001r7 or 131x264r32 or 129x257r3"
-    tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", cases, "tests/test_accuracy.py"]
+    tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", cases, "tests/operators/test_accuracy.py"]
 
     def check(name: str, tool: str) -> str:
         wrapper = [] if session.rehearse else [tool_path, "--tool", tool, "--error-exitcode", "99"]
@@ -179,7 +182,10 @@ def tune(session: Session) -> str:
     table, before = ROOT / "hra_kernels" / "tuning.py", (ROOT / "hra_kernels" / "tuning.py").read_text()
     shutil.copy2(out / "tuning.py", table)
     try:
-        tested = [session.pytest("tune", "--backends", name, "tests/test_accuracy.py") for name in ("triton", "cuda")]
+        tested = [
+            session.pytest("tune", "--backends", name, "tests/operators/test_accuracy.py")
+            for name in ("triton", "cuda")
+        ]
     except (StageFailed, OutOfTime):
         table.write_text(before)
         raise

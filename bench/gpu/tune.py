@@ -1,7 +1,7 @@
 """Measure how the GPU kernels are launched and write the tables: `python -m bench.gpu.tune --out FOLDER`.
 
-Triton   For every entry of `hra_kernels.tuning.CONFIGS` and a shape from each of its size ranges, a search starts at
-         the present configuration and moves to the fastest neighbour (one parameter doubled or halved, one stage more
+Triton   For every entry of `tuning.CONFIGS` and a shape from each of its size ranges, a search starts at
+         the present configuration and moves to the fastest neighbor (one parameter doubled or halved, one stage more
          or less) until none is faster. Neighbours are compiled side by side in processes of their own.
 CUDA     For every entry of `SLICES` and each width, all slices.
 
@@ -29,8 +29,12 @@ from types import SimpleNamespace
 import torch
 
 from bench import op, timing
-from hra_kernels import cuda_backend, reference, triton_backend, tuning
-from tests import cases, emulation, tolerance
+from hra_kernels import reference
+from hra_kernels.backends import cuda as cuda_backend
+from hra_kernels.backends import triton as triton_backend
+from hra_kernels.backends import tuning
+from hra_kernels.testing import cases, tolerance
+from tests.cuda import emulation
 
 KERNELS = {"reflect": "reflect_fwd", "backward_rows": "reflect_bwd", "backward_columns": "reflect_bwd"}
 """Triton kernels worth tuning, and the operator that runs each."""
@@ -49,12 +53,12 @@ SLICES = (0, 512, 1024, 2048)
 LEAST = tuning.LaunchConfig(16, 32, 1, 1)
 MOST = tuning.LaunchConfig(128, 512, 16, 5)
 WORTH = 0.97
-"""A neighbour must take less than this share of the best time: below it is noise."""
+"""A neighbor must take less than this share of the best time: below it is noise."""
 COMPILERS = 6
 """Processes that compile: other stages of bench.gpu.run use the machine's cores too."""
 
 
-def neighbours(config: tuning.LaunchConfig) -> list[tuning.LaunchConfig]:
+def neighbors(config: tuning.LaunchConfig) -> list[tuning.LaunchConfig]:
     """Configurations one step away, within `LEAST` and `MOST`."""
     found = []
     for name in ("block_m", "block_d", "num_warps"):
@@ -152,7 +156,7 @@ def search(
     best, moved = start, True
     while moved and len(tried) < most:
         moved = False
-        new = [config for config in neighbours(best) if config not in tried][: most - len(tried)]
+        new = [config for config in neighbors(best) if config not in tried][: most - len(tried)]
         prepare(new)
         for config in new:
             tried[config], found_error = measure(config)
@@ -219,7 +223,7 @@ def cuda_module(rehearse: bool) -> tuple[cuda_backend.CudaBackend | None, str]:
     if not built or built[0].stat().st_mtime < max(path.stat().st_mtime for path in sources):
         return (
             None,
-            "the emulation is not built, or older than its sources (pytest tests/test_cuda_emulated.py builds it)",
+            "the emulation is not built, or older than its sources (pytest tests/cuda/test_emulated.py builds it)",
         )
     native = emulation.load(built[0])
     native.emulate(0, 90)
@@ -303,7 +307,7 @@ def main() -> int:
     if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--rehearse needs TRITON_INTERPRET=1")
     if options.rehearse:
-        importlib.import_module("tests.triton_interpreter")  # for its repairs
+        importlib.import_module("tests.triton.interpreter")  # for its repairs
     device = "cpu" if options.rehearse else "cuda"
     backend, reason = cuda_module(options.rehearse)
     if reason:

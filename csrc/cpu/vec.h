@@ -135,7 +135,7 @@ HRA_INLINE VecU16 narrow(Float16, Vec<float> value) {
   return bit_cast<VecU16>(_mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #else
-// The exponent is moved by a multiplication with a power of two, which also normalises subnormal numbers.
+// The exponent is moved by a multiplication with a power of two, which also normalizes subnormal numbers.
 HRA_INLINE Vec<float> widen(Float16, VecU16 half) {
   const VecU32 bits = widen_bits(half);
   const VecU32 magnitude = (bits & 0x7fff) << 13;
@@ -188,7 +188,7 @@ HRA_INLINE void store(float* to, Vec<float> value) {
 }
 HRA_INLINE void store(double* to, Vec<double> value) { __builtin_memcpy(to, &value, sizeof(value)); }
 
-// Two neighbouring vectors.
+// Two neighboring vectors.
 template <class T>
 HRA_INLINE void store_two(T* to, Vec<Accumulator<T>> first, Vec<Accumulator<T>> second) {
   store(to, first);

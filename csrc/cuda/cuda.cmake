@@ -8,11 +8,11 @@ set(HRA_CUDA_SOURCES cuda/launch.cu cuda/reflect.cu cuda/sweep_fwd.cu cuda/sweep
                      cuda/cluster_bwd.cu cuda/wy.cu)
 
 if(HRA_EMULATION)
-  set(emulated_sources ${HRA_CUDA_SOURCES} cuda/emulation/fiber.cpp cuda/emulation/machine.cpp
-                       cuda/emulation/instructions.cpp ../python_bindings/cuda_bindings.cpp)
+  set(emulated_sources ${HRA_CUDA_SOURCES} ../tests/cuda/emulation/fiber.cpp ../tests/cuda/emulation/machine.cpp
+                       ../tests/cuda/emulation/instructions.cpp ../python_bindings/cuda_bindings.cpp)
   set_source_files_properties(${HRA_CUDA_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas")
   pybind11_add_module(_emulated NO_EXTRAS ${emulated_sources})
-  target_include_directories(_emulated PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
+  target_include_directories(_emulated PRIVATE ${CMAKE_CURRENT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/../tests/cuda)
   target_compile_definitions(_emulated PRIVATE HRA_EMULATION HRA_MODULE_NAME=_emulated)
   target_compile_options(_emulated PRIVATE -O2)
   if(HRA_EMULATION_SANITIZE)

@@ -261,7 +261,7 @@ __device__ __forceinline__ float to_float(bf16 value) {
   return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
 }
 
-// Two neighbours, whose address is a multiple of their size.
+// Two neighbors, whose address is a multiple of their size.
 struct Pair {
   float low, high;
 };

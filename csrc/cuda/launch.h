@@ -1,4 +1,4 @@
-// How the host starts a kernel: on the given stream, without synchronising, allocating or printing.
+// How the host starts a kernel: on the given stream, without synchronizing, allocating or printing.
 #pragma once
 
 #include "../hra.h"

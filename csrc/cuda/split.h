@@ -38,7 +38,7 @@ __device__ __forceinline__ void split_pair(uint32_t (&terms)[kTerms], float low,
   }
 }
 
-// Two neighbouring activations, as they lie in a register, into terms.
+// Two neighboring activations, as they lie in a register, into terms.
 template <typename T>
 __device__ __forceinline__ void split_packed(uint32_t (&terms)[Split<T>::kX], uint32_t packed) {
   if constexpr (Split<T>::kX == 1) {

@@ -40,7 +40,7 @@ struct alignas(16) TermTile {
   __device__ __forceinline__ const bf16* at(int term, int row, int column) const {
     return data[term] + row * kPitch + column;
   }
-  // stores a pair of neighbours
+  // stores a pair of neighbors
   __device__ __forceinline__ void put(int row, int column, float low, float high) {
     uint32_t terms[kTerms];
     split_pair(terms, low, high);
@@ -133,7 +133,7 @@ struct VectorsInFlight {
     }
   }
 
-  // `place(column)` is where an even column goes, and its neighbour after it.
+  // `place(column)` is where an even column goes, and its neighbor after it.
   template <int kTerms, int kTileColumns, typename Place>
   __device__ __forceinline__ void put(TermTile<kTerms, kRank, kTileColumns>& tile, Place place) const {
 #pragma unroll

@@ -4,7 +4,7 @@
 //   backward   dv, dt, u, v, t -> du (D, R)
 //
 // A layer reads u three times and v R / 4 + 1 times over, from L2 after the first; the latency of those reads binds for
-// R <= 16, D R² / 2 float64 multiply-adds beyond. It runs once per optimiser step, for all layers side by side.
+// R <= 16, D R² / 2 float64 multiply-adds beyond. It runs once per optimizer step, for all layers side by side.
 #include "wy_device.h"
 
 namespace hra::cuda {

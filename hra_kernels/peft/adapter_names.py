@@ -16,8 +16,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from hra_kernels.factor_cache import FactorCache
+from hra_kernels.factors import stack_factors
 from hra_kernels.ops import attach_factor, in_factor_dtype
-from hra_kernels.reference import stack_factors
 
 if TYPE_CHECKING:
     from hra_kernels.peft.layer import ReflectionLayer

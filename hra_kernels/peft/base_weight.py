@@ -2,7 +2,7 @@
 
 PlainWeight       nn.Linear, convolutions, nn.Embedding; transformers' Conv1D, whose weight is transposed
 ShardedWeight     the same as DTensors, under FSDP2 or tensor parallelism
-QuantisedWeight   what PEFT's quantisation backends can dequantise and requantise: bitsandbytes, HQQ, torchao
+QuantisedWeight   what PEFT's quantization backends can dequantize and requantize: bitsandbytes, HQQ, torchao
 """
 
 import copy
@@ -34,34 +34,34 @@ def _no_torchao_configuration() -> None:
     raise NotImplementedError("the torchao configuration of the model is not known")
 
 
-def quantisation_of(base: nn.Module, requantise: Callable[[], Any] | None = None) -> "QuantizationBackend | None":
-    """PEFT's quantisation backend for a base layer; None where the layer is not quantised, or PEFT has none that runs.
+def quantization_of(base: nn.Module, requantize: Callable[[], Any] | None = None) -> "QuantizationBackend | None":
+    """PEFT's quantization backend for a base layer; None where the layer is not quantized, or PEFT has none that runs.
 
     Args:
-        requantise: torchao only, and only to merge: the model's `TorchAoConfig.get_apply_tensor_subclass`.
+        requantize: torchao only, and only to merge: the model's `TorchAoConfig.get_apply_tensor_subclass`.
     """
     if resolve_quantization_backend is None or _is_no_format(base):
         return None
     try:
-        return resolve_quantization_backend(base, get_apply_tensor_subclass=requantise or _no_torchao_configuration)
+        return resolve_quantization_backend(base, get_apply_tensor_subclass=requantize or _no_torchao_configuration)
     except ImportError:  # PEFT imports what another release of the package had: 0.20 does, with torchao 0.18
         return None
 
 
 def _is_no_format(base: nn.Module) -> bool:
-    """Whether nothing in this layer is quantised: then PEFT need not import every package that could have done it."""
+    """Whether nothing in this layer is quantized: then PEFT need not import every package that could have done it."""
     weight = getattr(base, "weight", None)
     kinds = nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D
     return isinstance(base, kinds) and type(weight) is nn.Parameter and weight.dtype in MERGEABLE
 
 
 def is_torchao(base: nn.Module) -> bool:
-    """Whether torchao quantised this layer."""
+    """Whether torchao quantized this layer."""
     return type(getattr(base, "weight", None)).__module__.startswith("torchao.")
 
 
 def torchao_configuration(model: nn.Module) -> Callable[[], Any] | None:
-    """How a model that transformers loaded with a `TorchAoConfig` was quantised; None for any other."""
+    """How a model that transformers loaded with a `TorchAoConfig` was quantized; None for any other."""
     if resolve_quantization_backend is None:
         return None
     return get_quantization_kwargs(model).get("get_apply_tensor_subclass")
@@ -74,37 +74,37 @@ def _torchao_configuration_of(layer: "ReflectionLayer") -> Callable[[], Any] | N
 def why_not_mergeable(layer: "ReflectionLayer") -> str | None:
     """Why the layer's base weight cannot be merged into, or None where it can."""
     base = layer.get_base_layer()
-    backend = quantisation_of(base, _torchao_configuration_of(layer))
+    backend = quantization_of(base, _torchao_configuration_of(layer))
     weight = getattr(base, "weight", None)
     if getattr(weight, "is_meta", False):
         return "its base weight is not loaded (meta device)"
     if backend is not None:
         if not backend.supports_merge:
-            return f"its base layer is quantised with {backend.backend_name}, whose weights PEFT cannot write"
+            return f"its base layer is quantized with {backend.backend_name}, whose weights PEFT cannot write"
         if is_torchao(base) and _torchao_configuration_of(layer) is None:
             return (
-                "its torchao weight can be quantised again only with the model's own configuration: load the model "
+                "its torchao weight can be quantized again only with the model's own configuration: load the model "
                 "through transformers with quantization_config=TorchAoConfig(...)"
             )
         return None
     if is_sharded(base):
         return None if weight.dtype in MERGEABLE else f"its base weight is a DTensor of {weight.dtype}"
     if not isinstance(weight, Tensor):
-        return f"its base layer is a {type(base).__name__} without a weight tensor (quantised?)"
+        return f"its base layer is a {type(base).__name__} without a weight tensor (quantized?)"
     if not _is_plain(weight):
-        return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantised?)"
+        return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantized?)"
     return None
 
 
 def _is_plain(weight: Any) -> bool:
-    # a quantised weight is another kind of tensor, or one of integers
+    # a quantized weight is another kind of tensor, or one of integers
     return isinstance(weight, Tensor) and type(weight.detach()) is Tensor and weight.dtype in MERGEABLE
 
 
 def readable_weight(layer: "ReflectionLayer") -> "PlainWeight | ShardedWeight | QuantisedWeight | None":
     """The layer's base weight, or None where it cannot be had as floating-point rows."""
     base = layer.get_base_layer()
-    backend = quantisation_of(base, _torchao_configuration_of(layer))
+    backend = quantization_of(base, _torchao_configuration_of(layer))
     if backend is not None:
         return QuantisedWeight(layer, backend) if backend.supports_merge else None
     if is_sharded(base):
@@ -178,7 +178,7 @@ class ShardedWeight(PlainWeight):
 
 
 class QuantisedWeight:
-    """The weight of a quantised linear layer. Whoever changes it by other means while merged is not noticed."""
+    """The weight of a quantized linear layer. Whoever changes it by other means while merged is not noticed."""
 
     def __init__(self, layer: "ReflectionLayer", backend: "QuantizationBackend") -> None:
         self._layer, self._backend = layer, backend
@@ -186,10 +186,10 @@ class QuantisedWeight:
         self.dtype, self.device = torch.float32, (base.W_q if hasattr(base, "W_q") else base.weight).device
 
     def read(self) -> Tensor:
-        """(N, D), dequantised, in the dtype that the format dequantises to.
+        """(N, D), dequantized, in the dtype that the format dequantizes to.
 
         Raises:
-            NotImplementedError: the weight has a format that its package cannot dequantise, or is not quantised yet.
+            NotImplementedError: the weight has a format that its package cannot dequantize, or is not quantized yet.
         """
         base = self._layer.get_base_layer()
         if _is_packed_for_cpu(base):
@@ -199,15 +199,15 @@ class QuantisedWeight:
             return self._backend.get_base_weight(base).detach()
         except Exception as error:
             raise NotImplementedError(
-                f"HRA: PEFT's {self._backend.backend_name} backend could not dequantise the weight of "
-                f"{self._layer.describe()} (not quantised yet?): {error}"
+                f"HRA: PEFT's {self._backend.backend_name} backend could not dequantize the weight of "
+                f"{self._layer.describe()} (not quantized yet?): {error}"
             ) from error
 
     def write(self, rows: Tensor) -> None:
-        """Quantise rows (N, D) as the layer's weight was.
+        """Quantize rows (N, D) as the layer's weight was.
 
         Raises:
-            ValueError: what the quantised weight stands for is not finite.
+            ValueError: what the quantized weight stands for is not finite.
         """
         base = self._layer.get_base_layer()
         self._backend.set_base_weight(self._layer, rows)
@@ -216,7 +216,7 @@ class QuantisedWeight:
             written.bias = base.bias
             written.train(base.training)
         if not self.read().isfinite().all():
-            raise ValueError(f"the weight of {self._layer.describe()} must be finite after quantisation, it is not")
+            raise ValueError(f"the weight of {self._layer.describe()} must be finite after quantization, it is not")
 
     def keep(self) -> dict[str, Any]:
         """What `restore` takes to bring the present bits back; no copy."""
@@ -247,7 +247,7 @@ class QuantisedWeight:
 
     def fingerprint(self) -> tuple:
         """Always the same: bitsandbytes repacks a weight whenever it likes, so its bits say nothing."""
-        return ("quantised",)
+        return ("quantized",)
 
 
 def _is_packed_for_cpu(base: nn.Module) -> bool:
@@ -257,7 +257,7 @@ def _is_packed_for_cpu(base: nn.Module) -> bool:
 def unpack_for_cpu(base: nn.Module) -> None:
     """Undo what bitsandbytes does to a 4-bit weight on a CPU in its first forward without gradient.
 
-    In that packing the layer has no gradient with respect to its input and PEFT dequantises it to noise.
+    In that packing the layer has no gradient with respect to its input and PEFT dequantizes it to noise.
     """
     if _is_packed_for_cpu(base):
         base.state_dict()  # bitsandbytes saves, and leaves, the weight unpacked

@@ -14,7 +14,7 @@ class HRAEmbedding(ReflectionLayer, OwnSetup, nn.Module):
     """PEFT's HRA layer over an `nn.Embedding` or a subclass of it; `hra_u` is (embedding_dim, r).
 
     The whole table is adapted, W Q, the row of `padding_idx` included (where it is zero it stays zero). What is
-    reflected is what the base layer returns, so its own arguments, scaling and quantisation are its own business; a
+    reflected is what the base layer returns, so its own arguments, scaling and quantization are its own business; a
     forward of its own must be linear in the table.
     """
 

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hra_kernels.factors import factor_dtype, join_factors, stack_factors
 from hra_kernels.functional import hra_weight
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import attach_factor, chain_factor, in_factor_dtype
@@ -24,7 +25,6 @@ from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.merge import Factor, Merged, reflect_rows
 from hra_kernels.peft.offload import is_offloaded
 from hra_kernels.peft.own_setup import OwnSetup
-from hra_kernels.reference import factor_dtype, join_factors, stack_factors
 
 
 class ParamWrapper(ReflectionLayer, OwnSetup, nn.Module):
@@ -64,7 +64,7 @@ class ParamWrapper(ReflectionLayer, OwnSetup, nn.Module):
 
     @contextmanager
     def _as_one_matrix(self, adapter_name: str) -> Iterator[None]:
-        """PEFT's initialisations know (D, r); rows are independent in them, whichever expert's."""
+        """PEFT's initializations know (D, r); rows are independent in them, whichever expert's."""
         u = self.hra_u[adapter_name]
         self.hra_u[adapter_name] = nn.Parameter(u.detach().flatten(0, -2))
         yield

@@ -37,7 +37,7 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
     """(A, B) of the LoRA that equals these adapters on this layer, in this order: W Q_1 Q_2 ... = W + B A.
 
     Args:
-        layer: unmerged; its base layer may be quantised (a linear one; where PEFT cannot dequantise it, its own forward
+        layer: unmerged; its base layer may be quantized (a linear one; where PEFT cannot dequantize it, its own forward
             gives W vᵀ).
         adapter_names: those the layer does not have are passed over; one at least must be there.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hra_kernels.peft.base_weight import is_torchao, quantisation_of, unpack_for_cpu
+from hra_kernels.peft.base_weight import is_torchao, quantization_of, unpack_for_cpu
 from hra_kernels.peft.conv import conv_layer_class
 from hra_kernels.peft.embedding import HRAEmbedding
 from hra_kernels.peft.layer import HRALinear, ReflectionLayer
@@ -25,10 +25,10 @@ class HRALinearLike(ReflectionLayer, OwnSetup, nn.Module):
 
 
 class HRAQuantisedLinear(HRALinearLike):
-    """`HRALinear` over a linear layer that PEFT knows as quantised; the layer dequantises in its own forward."""
+    """`HRALinear` over a linear layer that PEFT knows as quantized; the layer dequantizes in its own forward."""
 
     torchao_configuration: Callable[[], Any] | None = None
-    """How the model was quantised, where torchao did it and transformers loaded it; needed to merge."""
+    """How the model was quantized, where torchao did it and transformers loaded it; needed to merge."""
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
         # torchao's weights have the dtype of the inputs they want; the others' dtype is that of their storage
@@ -41,8 +41,8 @@ class HRAQuantisedLinear(HRALinearLike):
         y = super()._cast_forward(x, names, *args, **kwargs)
         if trains and not y.requires_grad:
             raise NotImplementedError(
-                f"HRA cannot train {self.describe()}: the forward of its quantised base layer has no gradient with "
-                "respect to its input (torchao's 8-bit activations have none). Use weight-only quantisation, or run "
+                f"HRA cannot train {self.describe()}: the forward of its quantized base layer has no gradient with "
+                "respect to its input (torchao's 8-bit activations have none). Use weight-only quantization, or run "
                 "it under torch.no_grad()."
             )
         return y
@@ -50,7 +50,7 @@ class HRAQuantisedLinear(HRALinearLike):
 
 def layer_class(base: nn.Module) -> type[ReflectionLayer] | None:
     """The class for a base layer; None where HRA is not supported over it."""
-    if quantisation_of(base) is not None:
+    if quantization_of(base) is not None:
         return HRAQuantisedLinear
     if isinstance(base, nn.Linear):
         return HRALinear

@@ -2,7 +2,7 @@
 
     y = base_layer(x Qᵀ),  Q = Q_1 Q_2 ... of the active adapters, applied in one pass over x
 
-The base layer is always run through its own forward, so its hooks, its quantisation and its offloading are its own
+The base layer is always run through its own forward, so its hooks, its quantization and its offloading are its own
 business. Saved for backward: x, x vᵀ (M, R) and the factor; the factor is computed once per value of the adapters.
 """
 
@@ -46,7 +46,7 @@ class ReflectionLayer(nn.Module, HRALayer):
     # --- parameters
 
     def reset_hra_parameters(self, adapter_name: str) -> None:
-        """PEFT's default initialisation: pairs of equal columns, so that the layer starts as the base layer.
+        """PEFT's default initialization: pairs of equal columns, so that the layer starts as the base layer.
 
         With `apply_GS` there is no such start: Gram-Schmidt keeps one of each pair (the other depends on it), leaving
         r / 2 reflections, -1 on their span, and no gradient for the rest. Independent columns are drawn instead.
@@ -139,7 +139,7 @@ class ReflectionLayer(nn.Module, HRALayer):
         if torch.is_autocast_enabled(kind):
             return x if x.dtype == torch.float64 else self._cast_input_dtype(x, torch.get_autocast_dtype(kind))
         weight = getattr(self.get_base_layer(), "weight", None)
-        # a quantised weight's dtype says nothing about the inputs it wants
+        # a quantized weight's dtype says nothing about the inputs it wants
         return self._cast_input_dtype(x, weight.dtype) if getattr(weight, "dtype", None) in _CASTABLE else x
 
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
@@ -172,7 +172,7 @@ class ReflectionLayer(nn.Module, HRALayer):
 
         Raises:
             ValueError: `hra_u` or the merged weight is not finite; the weight is left as it was.
-            NotImplementedError: the base weight is not loaded, or quantised in a format that cannot be written.
+            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
         """
         merge.merge(self, adapter_names)
 
@@ -185,7 +185,7 @@ class ReflectionLayer(nn.Module, HRALayer):
 
 
 class HRALinear(ReflectionLayer, PeftHRALinear):
-    """PEFT's HRA layer over an `nn.Linear` or a subclass of it, quantised ones included.
+    """PEFT's HRA layer over an `nn.Linear` or a subclass of it, quantized ones included.
 
     Arguments, attributes and parameters are those of `peft.tuners.hra.layer.HRALinear`.
     """

@@ -3,8 +3,8 @@
     merge     W <- W Q_1 Q_2 ...      in float32 (float64 for a float64 weight) by blocks of rows, rounded once
     unmerge   W <- the tensor that was there before; W Qᵀ where the weight has been changed since
 
-A quantised weight is dequantised, merged and quantised again. Extra memory: the original weight as stored, while
-merged, and one block of rows; for a quantised weight also two floating-point copies for a moment. Nothing is (D, D).
+A quantized weight is dequantized, merged and quantized again. Extra memory: the original weight as stored, while
+merged, and one block of rows; for a quantized weight also two floating-point copies for a moment. Nothing is (D, D).
 """
 
 import warnings
@@ -15,6 +15,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from hra_kernels.factors import factor_dtype, join_factors
 from hra_kernels.ops import chain_factor, reflect
 from hra_kernels.peft.base_weight import (
     PlainWeight,
@@ -25,7 +26,6 @@ from hra_kernels.peft.base_weight import (
     whole_vectors,
     why_not_mergeable,
 )
-from hra_kernels.reference import factor_dtype, join_factors
 
 if TYPE_CHECKING:
     from hra_kernels.peft.layer import ReflectionLayer
@@ -51,14 +51,14 @@ def require_mergeable(layer: "ReflectionLayer", names: list[str]) -> None:
 
     Raises:
         ValueError: an `hra_u` is not finite.
-        NotImplementedError: the base weight is not loaded, or quantised in a format that cannot be written.
+        NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
     """
     reason = why_not_mergeable(layer)
     if reason:
         raise NotImplementedError(
             f"HRA cannot merge into {layer.describe()}: {reason}. Supported are plain float32, float64, bfloat16 and "
             "float16 weights and, with PEFT 0.20 or newer, bitsandbytes, HQQ and torchao layers; run the adapter "
-            "unmerged, or merge it into an unquantised copy of the model."
+            "unmerged, or merge it into an unquantized copy of the model."
         )
     for name, u in zip(names, whole_vectors(layer, names), strict=True):
         if not u.isfinite().all():

@@ -102,7 +102,7 @@ class HRAModel(PeftHRAModel):
                 )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, which assigns `weight` even where a base layer comes back; quantised ones may have none."""
+        """As PEFT's, which assigns `weight` even where a base layer comes back; quantized ones may have none."""
         if isinstance(child, ReflectionLayer) and new_module is child.get_base_layer():
             setattr(parent, child_name, new_module)
         else:
@@ -115,14 +115,14 @@ class HRAModel(PeftHRAModel):
         if kind is None:
             raise TypeError(
                 f"Target module {target} is not supported. Currently, HRA supports torch.nn.Linear, Conv1d, Conv2d, "
-                "Conv3d and Embedding, transformers' Conv1D, and quantised linear layers that PEFT 0.20 or newer knows."
+                "Conv3d and Embedding, transformers' Conv1D, and quantized linear layers that PEFT 0.20 or newer knows."
             )
         if _LAYERS_TAKE_CONFIG:
             kwargs["config"] = hra_config
         return kind(target, adapter_name, **kwargs)
 
     def _refill_factors(self) -> None:
-        """Once after an optimiser's step: factors of one shape together, where that saves launches (`refill`)."""
+        """Once after an optimizer's step: factors of one shape together, where that saves launches (`refill`)."""
         if torch.compiler.is_compiling() or self._refilled_after == optimizer_steps():
             return
         self._refilled_after = optimizer_steps()
@@ -212,7 +212,7 @@ class HRAModel(PeftHRAModel):
 
         Raises:
             ValueError: an `hra_u` or a merged weight is not finite, or a weight is tied to one that is not merged.
-            NotImplementedError: a base weight is not loaded, or quantised in a format that cannot be written.
+            NotImplementedError: a base weight is not loaded, or quantized in a format that cannot be written.
         """
         self._check_merge_possible(adapter_names)
         self._check_merge_allowed()

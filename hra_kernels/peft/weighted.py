@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hra_kernels.factors import factor_dtype
 from hra_kernels.peft.layer import ReflectionLayer
-from hra_kernels.reference import factor_dtype, wy_factor
+from hra_kernels.reference import wy_factor
 
 if TYPE_CHECKING:
     from hra_kernels.peft.model import HRAModel

@@ -19,7 +19,7 @@ POOL = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised examples and their classes' numbers."""
+    """Tokenized examples and their classes' numbers."""
 
     rows: list[dict[str, list[int]]]
     labels: Tensor
@@ -33,7 +33,7 @@ class Encoded:
         return {**self.pad([self.rows[i] for i in indices]), "labels": self.labels[list(indices)]}
 
     def by_length(self) -> list[int]:
-        """Indices, longest first: neighbours need little padding."""
+        """Indices, longest first: neighbors need little padding."""
         return sorted(range(len(self)), key=lambda i: -len(self.rows[i]["input_ids"]))
 
 
@@ -130,17 +130,17 @@ def _targets(targets: Sequence[str]) -> list[str] | str:
     return "all-linear" if list(targets) == ["all-linear"] else list(targets)
 
 
-def optimiser_for(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
-def train_step(model: nn.Module, optimiser: torch.optim.Optimizer, batch: Batch) -> float:
-    """One optimiser step; the loss before it."""
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """One optimizer step; the loss before it."""
     device = next(model.parameters()).device
     loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
     loss.backward()
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
 

@@ -34,7 +34,7 @@ from hra_kernels.recipes.classifier import (
     accuracy,
     hra_config,
     lora_config,
-    optimiser_for,
+    optimizer_for,
     predict,
     saved_adapter,
     shuffled_batches,
@@ -92,8 +92,8 @@ def train(
     console: Console,
 ) -> Training:
     """Train in place, and leave the model as it was at the validation check with the best accuracy."""
-    optimiser = optimiser_for(model, lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate_factor(step, steps))
+    optimizer = optimizer_for(model, lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     check_every = max(1, steps // checks_wanted)
     losses, checks = [], []
     best, kept_step, state = (-1.0, 0.0), 0, {}
@@ -103,7 +103,7 @@ def train(
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("", total=steps, said="")
         for step in range(1, steps + 1):
-            losses.append(train_step(model, optimiser, next(batches)))
+            losses.append(train_step(model, optimizer, next(batches)))
             schedule.step()
             if not torch.isfinite(torch.tensor(losses[-1])):
                 raise RecipeError(f"the loss became {losses[-1]} at step {step}; lower --lr (now {lr:g})")

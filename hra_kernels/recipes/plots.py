@@ -85,7 +85,7 @@ def plot_training(
         )
         bottom.margins(y=0.15)
         bottom.set_ylabel("validation accuracy, %")
-        bottom.set_xlabel("optimiser step")
+        bottom.set_xlabel("optimizer step")
         return _save(figure, folder, "loss")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from hra_kernels.recipes.classifier import Base, Batch, optimiser_for, train_step
+from hra_kernels.recipes.classifier import Base, Batch, optimizer_for, train_step
 
 WARM_UP_STEPS = 1
 HEADS = ("classifier.", "score.")
@@ -21,21 +21,21 @@ class Method:
 
     name: str
     model: nn.Module
-    optimiser: torch.optim.Optimizer = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self):
         self.model.train()
         # small enough that every method stays near where it began: what is timed here is not a training
-        self.optimiser = optimiser_for(self.model, lr=1e-5)
+        self.optimizer = optimizer_for(self.model, lr=1e-5)
 
     def step(self, batch: Batch, seed: int) -> None:
         torch.manual_seed(seed)  # the same dropout for every method
-        _synchronise()
+        _synchronize()
         start = time.perf_counter()
-        loss = train_step(self.model, self.optimiser, batch)
-        _synchronise()
+        loss = train_step(self.model, self.optimizer, batch)
+        _synchronize()
         self.seconds.append(time.perf_counter() - start)
         self.losses.append(loss)
 
@@ -47,7 +47,7 @@ class Method:
         return {"median_s": self.median(), "p20_s": p20, "p80_s": p80, "steps": len(self.seconds)}
 
 
-def _synchronise() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -1,0 +1,452 @@
+"""The Triton backend: the operators of `ops` for any GPU that Triton supports, launched from here.
+
+Kernels are in `triton_kernels` (reflect) and `triton_factor_kernels` (wy_factor), tile sizes in `tuning`. With
+TRITON_INTERPRET=1 in the environment the same functions serve CPU tensors, through Triton's interpreter.
+
+Forward and dx are one launch up to 64 columns, three above. Backward is two launches up to 32 columns, five up to 64,
+six above, and one more where partial sums have to be added up. Nothing is specialized on M: a new batch size compiles
+nothing.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from hra_kernels.backends.tuning import (
+    COLUMN_PROGRAMS,
+    GRAM_BLOCK_D,
+    GRAM_SPLITS,
+    PRODUCT_CONFIG,
+    ROW_PROGRAMS,
+    SCALE_BLOCK_D,
+    SUM_BLOCK,
+    LaunchConfig,
+    factor_warps,
+    select_config,
+)
+
+MAX_RANK = 256
+FUSED_RANK = 64
+"""Up to here p and m of a row block fit on the chip. More columns go 64 at a time through kernels of their own."""
+
+FUSED_BACKWARD_RANK = 32
+"""Up to here q, p, m and dt do. More columns spill registers: the products of size R are kernels of their own."""
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_unavailable() -> str | None:
+    """None where Triton and a GPU (or the interpreter) are here, else the reason."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "PyTorch sees no GPU (with TRITON_INTERPRET=1 Triton runs on the CPU, for tests)"
+    return None
+
+
+@functools.cache
+def _is_too_old(device: torch.device) -> bool:
+    return not _is_amd() and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def why_unsupported(device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+    """None where the kernels serve tensors of this device and dtype with this many columns, else the reason."""
+    served = "cpu" if _interpreted() else "cuda"
+    if device.type != served:
+        return f"it serves {served} tensors{' under TRITON_INTERPRET=1' if _interpreted() else ''}, got {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it serves float32, bfloat16 and float16, got {str(dtype).removeprefix('torch.')}"
+    if rank > MAX_RANK:
+        return f"it serves up to {MAX_RANK} columns, got {rank}"
+    if served == "cuda" and _is_too_old(device):
+        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+    return None
+
+
+def _kernels():
+    from hra_kernels.backends import triton_kernels  # Triton may be missing, and importing it takes a while
+
+    return triton_kernels
+
+
+def _factor_kernels():
+    from hra_kernels.backends import triton_factor_kernels
+
+    return triton_factor_kernels
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Every tensor a kernel of this backend writes is allocated here."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two_above(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _is_amd() -> bool:
+    return torch.version.hip is not None
+
+
+def _float32_precision() -> str:
+    """How float32 tiles are multiplied: three passes of tf32 (1e-6 relative), on AMD by its float32 matrix units."""
+    return "ieee" if _is_amd() else "tf32x3"
+
+
+def _num_warps(config: LaunchConfig) -> int:
+    """The same number of threads everywhere: AMD's warps (wavefronts) have 64 of them."""
+    return max(1, config.num_warps // 2) if _is_amd() else config.num_warps
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
+
+
+def _check_rows(op: str, name: str, x: Tensor) -> None:
+    if x.shape[1] > 1 and x.stride(1) != 1 and x.numel():
+        raise ValueError(f"{op}: the rows of {name} must be contiguous, got strides {tuple(x.stride())}")
+
+
+def _check_served(op: str, tensor: Tensor, rank: int) -> None:
+    reason = why_unsupported(tensor.device, tensor.dtype, rank)
+    if reason:
+        raise ValueError(f"{op}: the Triton backend cannot serve this call: {reason}")
+
+
+def _check_reflect(op: str, x: Tensor, v: Tensor, t: Tensor) -> None:
+    if x.dim() != 2 or v.dim() != 2:
+        raise ValueError(f"{op}: x must be (M, D) and v (R, D), got {tuple(x.shape)} and {tuple(v.shape)}")
+    R, D = v.shape[0], x.shape[1]
+    _check_served(op, x, R)
+    _check(op, "v", v, (R, D), torch.float32, x.device)
+    _check(op, "t", t, (R, R), torch.float32, x.device)
+    _check_rows(op, "x", x)
+    if R * D >= 2**31:
+        raise ValueError(f"{op}: v must have fewer than 2^31 elements, got {R} x {D}")
+
+
+# --- reflect ----------------------------------------------------------------------------------------------------------
+
+
+def _mode(x: Tensor, R: int) -> dict[str, object]:
+    """The constants every kernel of `triton_kernels` takes, explained there."""
+    split = 0 if x.dtype == torch.float32 else 1 if R <= 8 else 2
+    block_r = _power_of_two_above(R, 16) if R <= FUSED_RANK else FUSED_RANK
+    return {"BLOCK_R": block_r, "SPLIT": split, "PRECISION": _float32_precision()}
+
+
+def _v_scale(dtype: torch.dtype) -> float:
+    """What v is multiplied by, and its products divided by, where it meets x: float16 has no small numbers."""
+    return 256.0 if dtype == torch.float16 else 1.0
+
+
+def _m_strides(t: Tensor, transpose: bool) -> dict[str, int]:
+    i, j = (1, 0) if transpose else (0, 1)
+    return {"stride_mi": t.stride(i), "stride_mj": t.stride(j)}
+
+
+def _launch(kernel, name: str, grid, x: Tensor, mode: dict, **arguments) -> None:
+    config = select_config(name, x.element_size(), mode["BLOCK_R"], *x.shape)
+    kernel[grid(config)](
+        **arguments, **mode, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
+        num_warps=_num_warps(config), num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _product(c: Tensor, a: Tensor, b: Tensor, splits: int, alpha: float, strides: tuple[int, int]) -> None:
+    """c (splits, rows, cols) = alpha a b, the inner axis in `splits` parts; `strides` of c's last two axes."""
+    (rows, inner), cols = a.shape, b.shape[1]
+    block = PRODUCT_CONFIG.block_m
+    block_k = PRODUCT_CONFIG.block_d
+    _kernels().product_kernel[(_cdiv(cols, block), _cdiv(rows, block), splits)](
+        c_ptr=c, a_ptr=a, b_ptr=b, rows=rows, cols=cols, inner=inner,
+        inner_per_split=_cdiv(_cdiv(inner, splits), block_k) * block_k,
+        stride_ci=strides[0], stride_cj=strides[1], stride_ai=a.stride(0), stride_ak=a.stride(1),
+        stride_bk=b.stride(0), stride_bj=b.stride(1), alpha=alpha,
+        BLOCK_I=block, BLOCK_J=block, BLOCK_K=block_k, PRECISION=_float32_precision(),
+        num_warps=_num_warps(PRODUCT_CONFIG), num_stages=PRODUCT_CONFIG.num_stages,
+    )  # fmt: skip
+
+
+def _project(p: Tensor, x: Tensor, v: Tensor, mode: dict) -> None:
+    M, D = x.shape
+    R = v.shape[0]
+    _launch(
+        _kernels().project_kernel, "project",
+        lambda config: (_cdiv(R, mode["BLOCK_R"]), _cdiv(M, config.block_m)), x, mode,
+        p_ptr=p, x_ptr=x, v_ptr=v, M=M, D=D, R=R, stride_xm=x.stride(0), V_SCALE=_v_scale(x.dtype),
+    )  # fmt: skip
+
+
+def _combine(y: Tensor, x: Tensor, s: Tensor, v: Tensor, mode: dict) -> None:
+    M, D = x.shape
+    _launch(
+        _kernels().combine_kernel, "combine",
+        lambda config: (_cdiv(D, config.block_d), _cdiv(M, config.block_m)), x, mode,
+        y_ptr=y, x_ptr=x, s_ptr=s, v_ptr=v, M=M, D=D, R=v.shape[0], stride_ym=y.stride(0), stride_xm=x.stride(0),
+    )  # fmt: skip
+
+
+def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> tuple[Tensor, Tensor | None]:
+    (M, D), R = x.shape, v.shape[0]
+    y = _empty((M, D), x.dtype, x.device)
+    p = _empty((M, R), torch.float32, x.device) if need_p or R > FUSED_RANK else None
+    if M == 0 or D == 0 or R == 0:
+        return y.copy_(x), p.zero_() if p is not None else None
+    v = v.contiguous()
+    mode = _mode(x, R)
+    with torch.cuda.device_of(x):
+        if R <= FUSED_RANK:
+            _launch(
+                _kernels().reflect_kernel, "reflect", lambda config: (_cdiv(M, config.block_m),), x, mode,
+                y_ptr=y, p_ptr=p if need_p else y, x_ptr=x, v_ptr=v, m_ptr=t, M=M, D=D, R=R,
+                stride_ym=y.stride(0), stride_xm=x.stride(0), **_m_strides(t, transpose),
+                V_SCALE=_v_scale(x.dtype), NEED_P=need_p,
+            )  # fmt: skip
+        else:
+            s = _empty((M, R), torch.float32, x.device)
+            _project(p, x, v, mode)
+            _product(s[None], p, t.mT if transpose else t, 1, 1.0, (R, 1))
+            _combine(y, x, s, v, mode)
+    return y, p
+
+
+def reflect_fwd(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor]:
+    """`reference.reflect_fwd`: y = x - (x vᵀ) m v in x's dtype and p = x vᵀ (M, R) float32.
+
+    Args:
+        x: (M, D), contiguous rows any stride apart; float32, bfloat16 or float16.
+        v: (R, D) float32 with R <= 256; with a float16 x, entries below 128 in size, as `wy_factor` returns them.
+        t: (R, R) float32, any strides.
+
+    Raises:
+        ValueError, TypeError: shape, dtype, device or strides do not fit.
+    """
+    _check_reflect("reflect_fwd", x, v, t)
+    return _reflect(x, v, t, transpose, need_p=True)
+
+
+def reflect_dx(dy: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
+    """`reference.reflect_dx`: dx = dy - (dy vᵀ) mᵀ v; arguments as in `reflect_fwd`."""
+    _check_reflect("reflect_dx", dy, v, t)
+    return _reflect(dy, v, t, not transpose, need_p=False)[0]
+
+
+def _column_splits(M: int, D: int, R: int, block_m: int, block_d: int) -> tuple[int, int]:
+    """(rows a split, splits) for `backward_columns_kernel`, of which dv's partial sums are one a split."""
+    strips = _cdiv(D, block_d)
+    blocks = _cdiv(M, block_m)
+    rows = _cdiv(blocks, max(1, min(blocks, COLUMN_PROGRAMS // strips))) * block_m
+    return rows, _cdiv(M, rows)
+
+
+def reflect_bwd(
+    dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.reflect_bwd`: dx in dy's dtype, dv (R, D) and dt (R, R) float32. Two runs agree bit for bit.
+
+    Args:
+        dy: as x, in shape and dtype; its row stride may differ.
+        p: (M, R) float32 from `reflect_fwd`; the other arguments are that call's.
+
+    Raises:
+        ValueError, TypeError: shape, dtype, device or strides do not fit.
+    """
+    _check_reflect("reflect_bwd", x, v, t)
+    (M, D), R = x.shape, v.shape[0]
+    _check("reflect_bwd", "dy", dy, (M, D), x.dtype, x.device)
+    _check("reflect_bwd", "p", p, (M, R), torch.float32, x.device)
+    _check_rows("reflect_bwd", "dy", dy)
+    dx = _empty((M, D), dy.dtype, dy.device)
+    dv = _empty((R, D), torch.float32, dy.device)
+    dt = _empty((R, R), torch.float32, dy.device)
+    if M == 0 or D == 0 or R == 0:
+        return dx.copy_(dy), dv.zero_(), dt.zero_()
+    v, p = v.contiguous(), p.contiguous()
+    with torch.cuda.device_of(x):
+        _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose)
+    return dx, dv, dt
+
+
+def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
+    (M, D), R = x.shape, v.shape[0]
+    device = x.device
+    mode = _mode(x, R)
+    fused = R <= FUSED_BACKWARD_RANK
+    qm = _empty((M, R), torch.float32, device)
+    s = _empty((M, R), torch.float32, device)
+    t_strides = (1, R) if transpose else (R, 1)
+    if fused:
+        rows = select_config("backward_rows", x.element_size(), mode["BLOCK_R"], M, D).block_m
+        dt_count = min(_cdiv(M, rows), ROW_PROGRAMS)
+    else:
+        dt_count = min(_cdiv(M, 512), 64)
+    dt_parts = dt[None] if dt_count == 1 else _empty((dt_count, R, R), torch.float32, device)
+    if fused:
+        _launch(
+            _kernels().backward_rows_kernel, "backward_rows", lambda config: (dt_count,), x, mode,
+            qm_ptr=qm, s_ptr=s, dt_ptr=dt_parts, dy_ptr=dy, v_ptr=v, p_ptr=p, m_ptr=t, M=M, D=D, R=R,
+            stride_dym=dy.stride(0), **_m_strides(t, transpose), stride_ti=t_strides[0], stride_tj=t_strides[1],
+            V_SCALE=_v_scale(x.dtype),
+        )  # fmt: skip
+    else:
+        q = _empty((M, R), torch.float32, device)
+        m = t.mT if transpose else t
+        _project(q, dy, v, mode)
+        _product(qm[None], q, m.mT, 1, 1.0, (R, 1))
+        _product(s[None], p, m, 1, 1.0, (R, 1))
+        _product(dt_parts, p.mT, q, dt_count, -1.0, t_strides)
+    if R > FUSED_RANK:
+        _combine(dx, dy, qm, v, mode)
+    name = "backward_columns" if R <= FUSED_RANK else "backward_dv"
+    columns = select_config(name, x.element_size(), mode["BLOCK_R"], M, D)
+    rows_per_split, dv_count = _column_splits(M, D, R, columns.block_m, columns.block_d)
+    dv_parts = dv[None] if dv_count == 1 else _empty((dv_count, R, D), torch.float32, device)
+    _launch(
+        _kernels().backward_columns_kernel, name,
+        lambda config: (dv_count, _cdiv(D, config.block_d), _cdiv(R, mode["BLOCK_R"])), x, mode,
+        dx_ptr=dx, dv_ptr=dv_parts, dy_ptr=dy, x_ptr=x, v_ptr=v, qm_ptr=qm, s_ptr=s, M=M, D=D, R=R,
+        rows_per_split=rows_per_split, stride_dxm=dx.stride(0), stride_dym=dy.stride(0), stride_xm=x.stride(0),
+        NEED_DX=R <= FUSED_RANK,
+    )  # fmt: skip
+    dv_size = R * D if dv_count > 1 else 0
+    dt_size = R * R if dt_count > 1 else 0
+    if dv_size or dt_size:
+        _kernels().sum_kernel[(_cdiv(dv_size, SUM_BLOCK) + _cdiv(dt_size, SUM_BLOCK),)](
+            dv_ptr=dv, dt_ptr=dt, dv_parts_ptr=dv_parts, dt_parts_ptr=dt_parts, dv_size=dv_size, dt_size=dt_size,
+            dv_parts_count=dv_count, dt_parts_count=dt_count, BLOCK=SUM_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+
+# --- wy_factor --------------------------------------------------------------------------------------------------------
+
+
+def _scale_rows(u: Tensor, pairs: bool, v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(scale, φ), both (L, R) float64, of u (L, D, R); fills v (L, R, D) if given."""
+    L, D, R = u.shape
+    scale = _empty((L, R), torch.float64, u.device)
+    phi = _empty((L, R), torch.float64, u.device)
+    _factor_kernels().scale_rows_kernel[(_cdiv(R, 16), L)](
+        v_ptr=scale if v is None else v, scale_ptr=scale, phi_ptr=phi, u_ptr=u, D=D, R=R,
+        stride_ul=u.stride(0), stride_ud=u.stride(1), stride_ur=u.stride(2),
+        BLOCK_P=8, BLOCK_D=SCALE_BLOCK_D, PAIRS=pairs, NEED_V=v is not None, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return scale, phi
+
+
+def _gram(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ (L, splits, R, R) float64, each split's share, of a and b (L, R, D)."""
+    L, R, D = a.shape
+    per_split = _cdiv(_cdiv(D, min(_cdiv(D, 512), GRAM_SPLITS)), GRAM_BLOCK_D) * GRAM_BLOCK_D
+    splits = _cdiv(D, per_split)
+    g = _empty((L, splits, R, R), torch.float64, a.device)
+    _factor_kernels().gram_kernel[(_cdiv(R, 16) ** 2, splits, L)](
+        g_ptr=g, a_ptr=a, b_ptr=b, D=D, R=R, d_per_split=per_split,
+        BLOCK_R=16, BLOCK_D=GRAM_BLOCK_D, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return g
+
+
+def _gram_schmidt(g: Tensor, t: Tensor) -> Tensor:
+    """l⁻¹ (L, R, R) float64; fills t."""
+    L, splits, R, _ = g.shape
+    inverse = _empty((L, R, R), torch.float64, g.device)
+    _factor_kernels().gram_schmidt_kernel[(L,)](
+        inverse_ptr=inverse, t_ptr=t, g_ptr=g, R=R, num_splits=splits,
+        BLOCK_R=_power_of_two_above(R, 16), BLOCK_C=16, BLOCK_S=GRAM_SPLITS, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return inverse
+
+
+def wy_factor_batch(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
+    """v (L, R, D) and t (L, R, R) of L factors at once, u (L, D, R): three launches for all, four with apply_gs."""
+    L, D, R = u.shape
+    _check_served("wy_factor", u, R)
+    v = _empty((L, R, D), torch.float32, u.device)
+    t = _empty((L, R, R), torch.float32, u.device)
+    if u.numel() == 0:
+        return v, t.zero_()
+    kernels = _factor_kernels()
+    block_r = _power_of_two_above(R, 16)
+    with torch.cuda.device_of(u):
+        if not apply_gs:
+            scale, phi = _scale_rows(u, True, v)
+            g = _gram(v, v)
+            kernels.chain_factor_kernel[(_cdiv(R, 16), L)](
+                t_ptr=t, g_ptr=g, scale_ptr=scale, phi_ptr=phi, R=R, num_splits=g.shape[1],
+                BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=GRAM_SPLITS, num_warps=factor_warps(block_r), num_stages=1,
+            )  # fmt: skip
+        else:
+            hat = _empty((L, R, D), torch.float32, u.device)
+            _scale_rows(u, False, hat)
+            inverse = _gram_schmidt(_gram(hat, hat), t)
+            kernels.combine_rows_kernel[(_cdiv(D, 128), _cdiv(R, 16), L)](
+                v_ptr=v, w_ptr=inverse, hat_ptr=hat, D=D, R=R, BLOCK_R=16, BLOCK_D=128, num_warps=4, num_stages=1
+            )
+    return v, t
+
+
+def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
+    """`reference.wy_factor`: v (R, D) and t (R, R) float32 of u (D, R), any strides; sums in float64.
+
+    A column with a NaN or an infinity makes its rows of v, and through them t, NaN or infinite: nothing hides it.
+    """
+    if u.dim() != 2:
+        raise ValueError(f"wy_factor: u must be (D, R), got shape {tuple(u.shape)}")
+    v, t = wy_factor_batch(u[None], apply_gs)
+    return v[0], t[0]
+
+
+def wy_factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool = False) -> Tensor:
+    """`reference.wy_factor_bwd`: du (D, R) in u's dtype."""
+    if u.dim() != 2:
+        raise ValueError(f"wy_factor_bwd: u must be (D, R), got shape {tuple(u.shape)}")
+    D, R = u.shape
+    _check_served("wy_factor_bwd", u, R)
+    for name, tensor, shape in [("dv", dv, (R, D)), ("dt", dt, (R, R)), ("v", v, (R, D)), ("t", t, (R, R))]:
+        _check("wy_factor_bwd", name, tensor, shape, torch.float32, u.device)
+    du = _empty((D, R), u.dtype, u.device)
+    if u.numel() == 0:
+        return du
+    dv, dt, v, t = (tensor.contiguous()[None] for tensor in (dv, dt, v, t))
+    kernels = _factor_kernels()
+    block_r = _power_of_two_above(R, 16)
+    w = _empty((1, R, R), torch.float64, u.device)
+    inverse = w
+    with torch.cuda.device_of(u):
+        if not apply_gs:
+            scale, phi = _scale_rows(u[None], True, None)
+            kernels.chain_bwd_kernel[(_cdiv(R, 16), 1)](
+                ds_ptr=w, t_ptr=t, dt_ptr=dt, R=R, BLOCK_R=block_r, BLOCK_C=16, num_warps=4, num_stages=1
+            )
+        else:
+            hat = _empty((1, R, D), torch.float32, u.device)
+            scale, phi = _scale_rows(u[None], False, hat)
+            inverse = _gram_schmidt(_gram(hat, hat), _empty((1, R, R), torch.float32, u.device))
+            k = _gram(dv, v)
+            kernels.gram_schmidt_bwd_kernel[(_cdiv(R, 16), 1)](
+                n_ptr=w, inverse_ptr=inverse, k_ptr=k, R=R, num_splits=k.shape[1],
+                BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=GRAM_SPLITS, num_warps=4, num_stages=1,
+            )  # fmt: skip
+        kernels.factor_bwd_kernel[(_cdiv(D, 128), _cdiv(R, 16), 1)](
+            du_ptr=du, dv_ptr=dv, v_ptr=v, w_ptr=w, inverse_ptr=inverse, scale_ptr=scale, phi_ptr=phi, D=D, R=R,
+            BLOCK_P=8, BLOCK_D=128, APPLY_GS=apply_gs, num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return du

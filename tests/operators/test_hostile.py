@@ -1,0 +1,99 @@
+"""Hypothesis looks for shapes, strides, dtypes and values that break a backend or its agreement with mathematics."""
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from hra_kernels import ops
+from hra_kernels.factors import factor_dtype
+from hra_kernels.testing.cases import DTYPES, Case, explicit, naive
+from hra_kernels.testing.tolerance import violations
+
+PROFILE = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+COLUMNS = st.sampled_from(["random", "zero", "repeat", "negated repeat", "nearly repeat", "tiny", "huge", "one entry"])
+
+
+@st.composite
+def chains(draw, max_features=70, max_rank=20):
+    """(generator, D, one kind of column for each of R columns, power-of-ten scale of each)"""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    features = draw(st.integers(2, max_features))
+    kinds = draw(st.lists(COLUMNS, min_size=1, max_size=max_rank))
+    return generator, features, kinds
+
+
+def make_hostile_u(generator, features, kinds):
+    columns = []
+    for kind in kinds:
+        column = torch.randn(features, generator=generator)
+        before = columns[-1] if columns else column
+        if kind == "zero":
+            column = torch.zeros(features)
+        elif kind in ("repeat", "negated repeat"):
+            column = before if kind == "repeat" else -before
+        elif kind == "nearly repeat":
+            column = before + 1e-6 * before.abs().max() * column
+        elif kind in ("tiny", "huge"):
+            column = column * (1e-30 if kind == "tiny" else 1e30)
+        elif kind == "one entry":
+            column = torch.nn.functional.one_hot(torch.tensor(1), features) * 3.0
+        columns.append(column)
+    return torch.stack(columns, 1)
+
+
+@PROFILE
+@given(data=st.data())
+def test_any_chain(on_backend, device, data):
+    generator, features, kinds = data.draw(chains())
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rows = data.draw(st.integers(0, 40))
+    transpose = data.draw(st.booleans())
+    case = Case(rows, features, len(kinds), transpose=transpose)
+    if ops.BACKENDS[on_backend].why_unsupported(device, dtype, case.R):
+        return
+    u = make_hostile_u(generator, features, kinds).to(factor_dtype(dtype))
+    padding = data.draw(st.integers(0, 3))
+    x, dy = (torch.randn(rows, features + padding, generator=generator).to(dtype)[:, padding:] for _ in range(2))
+    leaves = [tensor.detach().to(device).requires_grad_() for tensor in (x, u)]
+    y = ops.reflect_chain(leaves[0], [leaves[1]], [False], transpose=transpose)
+    y.backward(dy.to(device))
+    got = {"y": y.detach().cpu(), "dx": leaves[0].grad.cpu(), "du": leaves[1].grad.cpu()}
+    assert all(tensor.isfinite().all() for tensor in got.values())
+    exact, plain = explicit(x, u, dy, case), naive(x, u, dy, case, dtype)
+    # the columns' scales differ by 60 orders of magnitude: each column's gradient is judged on its own scale
+    scale = torch.linalg.vector_norm(u.double(), dim=0)
+    for results in (got, exact, plain):
+        results["du"] = results["du"].double() * torch.where(scale > 0, scale, 1)
+    # a lone reflection over few features has a gradient that cancels to nothing; its size is |x| |dy|
+    floor = torch.linalg.vector_norm(x.double()) * torch.linalg.vector_norm(dy.double())
+    exact["du"] = torch.cat([exact["du"], floor.expand(1, case.R)])
+    for results in (got, plain):
+        results["du"] = torch.cat([results["du"], floor.expand(1, case.R)])
+    assert not violations(got, plain, exact, dtype, case.R)
+
+
+@PROFILE
+@given(chain=chains())
+def test_gram_schmidt_of_anything_is_orthogonal_and_has_finite_gradients(on_backend, device, chain):
+    generator, features, kinds = chain
+    u = make_hostile_u(generator, features, kinds).to(device).requires_grad_()
+    x = torch.eye(features, device=device, requires_grad=True)
+    y = ops.reflect_chain(x, [u], [True])
+    q = y.detach().double().cpu()
+    assert (q.mT @ q - torch.eye(features, dtype=torch.float64)).abs().max() < 1e-6 * features**0.5
+    y.backward(torch.randn(features, features, generator=generator).to(device))
+    assert u.grad.isfinite().all() and x.grad.isfinite().all()
+
+
+@PROFILE
+@given(chain=chains(max_rank=9), scales=st.lists(st.integers(-25, 25), min_size=9, max_size=9))
+def test_the_map_does_not_depend_on_scale(on_backend, device, chain, scales):
+    generator, features, kinds = chain
+    u = make_hostile_u(generator, features, [kind for kind in kinds if kind not in ("tiny", "huge")] or ["random"])
+    factor = 10.0 ** torch.tensor(scales[: u.shape[1]], dtype=torch.float32)
+    x = torch.randn(5, features, generator=generator)
+    plain, scaled = (ops.reflect_chain(x.to(device), [one.to(device)], [False]).cpu() for one in (u, u * factor))
+    # multiplying by a power of ten rounds each entry of u once
+    assert (plain - scaled).abs().max() <= 2e-6 * u.shape[1] * x.abs().max() * features**0.5

@@ -1,0 +1,171 @@
+"""The tests tested: each planted bug must break the accuracy rule, and a correct implementation must not.
+
+Bugs are planted into the reference's own functions. M >= 128 and R >= 7: smaller cases let some through by luck. Which
+inputs reveal a bug is part of the table: at HRA's initialization the reflections cancel, so most bugs hide there, and
+bfloat16 is too coarse for some. `MISSED` says which, and a change of it in either direction is a failure.
+"""
+
+import pytest
+import torch
+
+from hra_kernels import reference
+from hra_kernels.testing.cases import Case, explicit, make_inputs, naive
+from hra_kernels.testing.tolerance import violations
+
+RANDOM = Case(128, 1000, 8)
+WEIGHT = Case(130, 264, 7, transpose=False)
+STEP = Case(130, 1000, 8, "paired_step")
+
+
+def run(x, u, dy, case, *, forward=reference.reflect_fwd, backward=reference.reflect_bwd, factor=None, factor_bwd=None):
+    factor = factor or reference.wy_factor
+    factor_bwd = factor_bwd or reference.wy_factor_bwd
+    v, t = factor(u, case.apply_gs)
+    y, p = forward(x, v, t, case.transpose)
+    dx, dv, dt = backward(dy, x, v, t, p, case.transpose)
+    return {"y": y, "dx": dx, "du": factor_bwd(dv, dt, u, v, t, case.apply_gs)}
+
+
+def nothing(x, v, t, transpose):
+    return x.clone(), x.to(v.dtype) @ v.mT
+
+
+def reversed_factors(x, v, t, transpose):
+    return reference.reflect_fwd(x, v, t, not transpose)
+
+
+def dropped_factor(u, apply_gs):
+    v, _ = reference.wy_factor(u, apply_gs)
+    return v, torch.diag(2 / v.square().sum(1).clamp_min(1e-30))
+
+
+def masked_feature(x, v, t, transpose):
+    masked = v.clone()
+    masked[:, -1] = 0
+    return reference.reflect_fwd(x, masked, t, transpose)
+
+
+def masked_row(x, v, t, transpose):
+    y, p = reference.reflect_fwd(x, v, t, transpose)
+    return torch.cat([y[:-1], x[-1:]]), p
+
+
+def scaled_factor(u, apply_gs):
+    v, t = reference.wy_factor(u, apply_gs)
+    return v, t * 1.001
+
+
+def zeros(x, v, t, transpose):
+    return torch.zeros_like(x), x.to(v.dtype) @ v.mT
+
+
+def rounded_u(u, apply_gs):
+    return reference.wy_factor(u.bfloat16().to(u.dtype), apply_gs)
+
+
+def rounded_v(u, apply_gs):
+    v, t = reference.wy_factor(u, apply_gs)
+    return v.bfloat16().to(v.dtype), t
+
+
+def rounded_product(x, v, t, transpose):
+    """s = p m rounded to 16 bits before it multiplies v, with no low part kept."""
+    m = t.mT if transpose else t
+    p = x.to(v.dtype) @ v.mT
+    return (x.to(v.dtype) - (p @ m).bfloat16().to(v.dtype) @ v).to(x.dtype), p
+
+
+def du_without_gram(dv, dt, u, v, t, apply_gs):
+    return reference.wy_factor_bwd(dv, torch.zeros_like(dt), u, v, t, apply_gs)
+
+
+def du_without_rows(dv, dt, u, v, t, apply_gs):
+    return reference.wy_factor_bwd(torch.zeros_like(dv), dt, u, v, t, apply_gs)
+
+
+def du_doubled(dv, dt, u, v, t, apply_gs):
+    return 2 * reference.wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+
+
+def dt_transposed(dy, x, v, t, p, transpose):
+    dx, dv, dt = reference.reflect_bwd(dy, x, v, t, p, transpose)
+    return dx, dv, dt.mT
+
+
+def dv_without_x(dy, x, v, t, p, transpose):
+    dx, _, dt = reference.reflect_bwd(dy, x, v, t, p, transpose)
+    m = t.mT if transpose else t
+    return dx, -(p @ m).mT @ dy.to(v.dtype), dt
+
+
+def dx_unreflected(dy, x, v, t, p, transpose):
+    return dy.clone(), *reference.reflect_bwd(dy, x, v, t, p, transpose)[1:]
+
+
+def last_block_dropped(dy, x, v, t, p, transpose):
+    """The sum over rows stops at a whole number of blocks of 64."""
+    dx = reference.reflect_bwd(dy, x, v, t, p, transpose)[0]
+    keep = (x.shape[0] - 1) // 64 * 64
+    return dx, *reference.reflect_bwd(dy[:keep], x[:keep], v, t, p[:keep], transpose)[1:]
+
+
+BUGS = {
+    "correct": {},
+    "does nothing": {"forward": nothing},
+    "factors reversed": {"forward": reversed_factors},
+    "triangular factor dropped": {"factor": dropped_factor},
+    "last feature masked": {"forward": masked_feature},
+    "last row masked": {"forward": masked_row},
+    "factor off by 0.1%": {"factor": scaled_factor},
+    "all zeros": {"forward": zeros},
+    "u rounded to bfloat16": {"factor": rounded_u},
+    "v rounded to bfloat16": {"factor": rounded_v},
+    "s rounded to bfloat16": {"forward": rounded_product},
+    "du without the Gram's derivative": {"factor_bwd": du_without_gram},
+    "du without the rows' derivative": {"factor_bwd": du_without_rows},
+    "du doubled": {"factor_bwd": du_doubled},
+    "dt transposed": {"backward": dt_transposed},
+    "dv without x": {"backward": dv_without_x},
+    "dx not reflected": {"backward": dx_unreflected},
+    "last row block not summed": {"backward": last_block_dropped},
+}
+
+
+def table(case: Case, dtype: torch.dtype) -> dict[str, bool]:
+    """{bug: does the rule reject it}"""
+    x, u, dy = make_inputs(case, dtype)
+    exact, plain = explicit(x, u, dy, case), naive(x, u, dy, case, dtype)
+    return {
+        bug: bool(violations(run(x, u, dy, case, **planted), plain, exact, dtype, case.R))
+        for bug, planted in BUGS.items()
+    }
+
+
+SUBTLE = {"factor off by 0.1%", "u rounded to bfloat16", "v rounded to bfloat16", "s rounded to bfloat16"}
+HIDDEN_AT_START = {
+    "does nothing",
+    "factors reversed",
+    "last row masked",
+    "du without the Gram's derivative",
+    "dt transposed",
+    "dx not reflected",
+}
+"""What one step away from the initialization cannot show in 16 bits: the layer is still nearly the identity."""
+
+MISSED = {
+    (RANDOM, torch.float32): set(),
+    (WEIGHT, torch.float32): set(),
+    (STEP, torch.float32): {"s rounded to bfloat16"},
+    (RANDOM, torch.bfloat16): SUBTLE,
+    (WEIGHT, torch.bfloat16): SUBTLE,
+    (STEP, torch.bfloat16): (SUBTLE | HIDDEN_AT_START) - {"u rounded to bfloat16"},
+    (RANDOM, torch.float16): {"s rounded to bfloat16"},
+    (WEIGHT, torch.float16): set(),
+    (STEP, torch.float16): {"s rounded to bfloat16"} | HIDDEN_AT_START,
+}
+
+
+@pytest.mark.parametrize("case, dtype", MISSED, ids=str)
+def test_the_rule_rejects(case, dtype):
+    rejected = table(case, dtype)
+    assert {bug for bug, found in rejected.items() if not found} == {"correct"} | MISSED[case, dtype]

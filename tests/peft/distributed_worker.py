@@ -1,0 +1,256 @@
+"""What each process of `test_peft_distributed.py` runs: every check below, one JSON line a check.
+
+    python -m tests.peft.distributed_worker RANK WORLD STORE
+
+A check compares the ranks' results with the same computation in one piece. The processes leave by `os._exit`: tearing a
+gloo group down can wait for ever on its own threads.
+"""
+
+import copy
+import datetime
+import json
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from tests.peft.models import Net, adapt, config, relative, seeded
+
+FLOAT32 = 1e-5
+
+
+def normal(*shape, seed=3):
+    return seeded(lambda: torch.randn(shape), seed)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def adapted(model, targets=("0",)):
+    """Two active adapters; the same on every rank and in one piece."""
+    model = adapt(model, targets=targets)
+    seeded(lambda: model.add_adapter("b", config(targets=targets, r=3, apply_GS=True)), 7)
+    model.base_model.set_adapter(["default", "b"])
+    return model
+
+
+def results(model, x, dy):
+    """y, dx and the gradient of every vector."""
+    x = x.detach().requires_grad_()
+    y = whole(model(x))
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [y.detach(), *map(whole, torch.autograd.grad(y, leaves, dy))]
+
+
+def check_layer(mesh: DeviceMesh, plan, place, part=lambda x: x, shape=(4, 6, 24)):
+    """One layer, parallelized before it is adapted.
+
+    place: makes of the whole x what this rank hands over; part: the same of dx, unless it is a DTensor.
+    """
+    base = nn.Sequential(seeded(lambda: nn.Linear(24, 12)))
+    x, dy = normal(*shape), normal(*shape[:-1], 12, seed=5)
+    exact = results(adapted(base), x, dy)
+    sharded = copy.deepcopy(base)
+    distribute_module(sharded[0], mesh) if plan is None else parallelize_module(sharded, mesh, {"0": plan})
+    model = adapted(sharded)
+    assert isinstance(model.base_model.model[0].base_layer.weight, DTensor)
+    got = results(model, place(x), dy)
+    exact[1] = part(exact[1])
+    errors = [relative(one, other) for one, other in zip(got, exact, strict=True)]
+    assert max(errors) < FLOAT32, errors
+
+
+def column_wise(mesh):
+    check_layer(mesh, ColwiseParallel(output_layouts=Replicate()), lambda x: x)
+
+
+def column_wise_after_sequence_parallel(mesh):
+    """Each rank holds part of the sequence; the gradient of hra_u is that of all of it."""
+    part = lambda x: x.chunk(mesh.size(), 1)[mesh.get_local_rank()]  # noqa: E731
+    check_layer(mesh, ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()), part, part)
+
+
+def row_wise(mesh):
+    """Each rank holds part of the features, as after a column-wise layer."""
+    part = lambda x: x.chunk(mesh.size(), -1)[mesh.get_local_rank()]  # noqa: E731
+    check_layer(mesh, RowwiseParallel(), part, part)
+
+
+def row_wise_one_sample(mesh):
+    part = lambda x: x.chunk(mesh.size(), -1)[mesh.get_local_rank()]  # noqa: E731
+    check_layer(mesh, RowwiseParallel(), part, part, shape=(24,))
+
+
+def row_wise_from_dtensor(mesh):
+    check_layer(mesh, RowwiseParallel(), lambda x: distribute_tensor(x, mesh, [Shard(-1)]))
+
+
+def row_wise_from_replicated(mesh):
+    check_layer(mesh, RowwiseParallel(input_layouts=Replicate()), lambda x: x)
+
+
+def replicated_layer_from_sharded_batch(mesh):
+    check_layer(mesh, None, lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+
+
+def training(mesh):
+    """A column-wise and a row-wise layer, three steps; the vectors stay equal on all ranks."""
+    base = seeded(lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16), nn.Linear(16, 4)))
+    sharded = parallelize_module(
+        copy.deepcopy(base),
+        mesh,
+        {"0": ColwiseParallel(), "2": RowwiseParallel(), "3": ColwiseParallel(output_layouts=Replicate())},
+    )
+    models = [adapted(base, ("0", "2", "3")), adapted(sharded, ("0", "2", "3"))]
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=0.05) for m in models]
+    x, target = normal(8, 16), normal(8, 4, seed=5)
+    for _ in range(3):
+        losses = []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            loss = (model(x) - target).square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        assert relative(losses[1], losses[0]) < FLOAT32, losses
+    vectors = [torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad]) for m in models]
+    assert relative(vectors[1], vectors[0]) < 1e-4
+    others = [torch.empty_like(vectors[1]) for _ in range(mesh.size())]
+    dist.all_gather(others, vectors[1])
+    assert all(torch.equal(other, vectors[1]) for other in others)
+
+
+def in_16_bits(mesh):
+    base = nn.Sequential(seeded(lambda: nn.Linear(24, 12))).bfloat16()
+    x = normal(4, 6, 24).bfloat16()
+    exact = adapted(base)(x)
+    for plan in (RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())):
+        y = adapted(parallelize_module(copy.deepcopy(base), mesh, {"0": plan}))(x)
+        assert y.dtype == torch.bfloat16 and relative(y, exact) < 2.0**-6
+
+
+def refused(mesh):
+    base = nn.Sequential(seeded(lambda: nn.Linear(24, 12)))
+    model = adapted(parallelize_module(base, mesh, {"0": RowwiseParallel(input_layouts=Replicate())})).eval()
+    try:
+        model(normal(4, 24), adapter_names=["b", "default", "b", "__base__"])
+    except NotImplementedError as error:
+        assert "adapter_names" in str(error) and "sharded" in str(error), error
+    else:
+        raise AssertionError("a mixed batch ran")
+
+
+def merging(model, x, exact):
+    """Merge and unmerge of a sharded model, while it is gathered for a forward too; the shards' bits come back."""
+    before = {name: whole(p).detach().clone() for name, p in model.named_parameters()}
+    for safe_merge in (False, True):
+        with torch.no_grad():
+            model.merge_adapter(safe_merge=safe_merge)
+            assert relative(whole(model(x)), exact) < FLOAT32
+            for layer in ("0", "lin0"):
+                base = getattr(model.base_model.model, layer, None)
+                if base is not None and isinstance(base.base_layer.weight, DTensor):
+                    assert relative(whole(base.base_layer.weight), whole(before_name(before, layer))) > 1e-2
+            model.unmerge_adapter()
+            after = {name: whole(p) for name, p in model.named_parameters()}
+            assert all(torch.equal(after[name], before[name]) for name in before)
+            assert relative(whole(model(x)), exact) < FLOAT32
+
+
+def before_name(before, layer):
+    return next(p for name, p in before.items() if name.endswith(f"{layer}.base_layer.weight"))
+
+
+def fsdp2(mesh):
+    """Forward, backward, merge and unmerge, with the layers in groups of their own and without."""
+    base = seeded(Net)
+    x, dy = normal(4, 3, 8, 8), normal(4, 5)
+    exact = results(adapt(base), x, dy)
+    for wrapped in ((), ("lin0", "conv")):
+        model = adapt(base)
+        for name in wrapped:
+            fully_shard(getattr(model.base_model.model, name), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.backward(dy)
+        got = [y, given.grad, *(whole(p.grad) for p in model.parameters() if p.requires_grad)]
+        errors = [relative(one, other) for one, other in zip(got, exact, strict=True)]
+        assert max(errors) < FLOAT32, errors
+        with torch.no_grad():
+            model(x)  # leaves the root's weights gathered
+        merging(model, x, exact[0])
+        assert relative(model(x), exact[0]) < FLOAT32
+
+
+def fsdp2_disable_while_merged(mesh):
+    """Disabling unmerges inside a forward, where FSDP2's shards cannot be reached."""
+    model = adapt(seeded(Net))
+    fully_shard(model, mesh=mesh)
+    model.merge_adapter()
+    try:
+        with model.disable_adapter():
+            model(normal(4, 3, 8, 8))
+    except RuntimeError as error:
+        assert "call unmerge_adapter() on the model" in str(error), error
+    else:
+        raise AssertionError("an unmerge went into gathered weights")
+
+
+def fsdp2_non_finite_vectors(mesh):
+    """All ranks refuse alike, though one shard alone holds the NaN, and nothing has changed."""
+    model = adapt(seeded(Net))
+    with torch.no_grad():
+        model.base_model.model.lin1.hra_u["default"][-1, 0] = float("nan")
+    fully_shard(model, mesh=mesh)
+    before = [whole(p).detach().clone() for p in model.parameters()]
+    try:
+        model.merge_adapter()
+    except ValueError as error:
+        assert "'lin1'" in str(error), error
+    else:
+        raise AssertionError("NaN was merged")
+    after = [whole(p) for p in model.parameters()]
+    assert all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for one, other in zip(after, before, strict=True))
+
+
+def tensor_parallel_merge(mesh):
+    base = nn.Sequential(seeded(lambda: nn.Linear(24, 13)))
+    x = normal(4, 24)
+    exact = adapted(base)(x).detach()
+    for plan in (RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())):
+        merging(adapted(parallelize_module(copy.deepcopy(base), mesh, {"0": plan})), x, exact)
+
+
+CHECKS = [
+    column_wise, column_wise_after_sequence_parallel, row_wise, row_wise_one_sample, row_wise_from_dtensor,
+    row_wise_from_replicated, replicated_layer_from_sharded_batch, training, in_16_bits, refused,
+    tensor_parallel_merge, fsdp2, fsdp2_disable_while_merged, fsdp2_non_finite_vectors,
+]  # fmt: skip
+
+
+def main() -> None:
+    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    patience = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=patience)
+    mesh = init_device_mesh("cpu", (world,))
+    for check in CHECKS:
+        try:
+            check(mesh)
+            why = ""
+        except Exception:
+            why = traceback.format_exc()
+        print(json.dumps([check.__name__, why]), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

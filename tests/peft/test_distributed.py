@@ -1,0 +1,58 @@
+"""Sharded models, tensor parallelism and FSDP2, on two processes, against the model in one piece."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKS = (
+    "column_wise", "column_wise_after_sequence_parallel", "row_wise", "row_wise_one_sample", "row_wise_from_dtensor",
+    "row_wise_from_replicated", "replicated_layer_from_sharded_batch", "training", "in_16_bits", "refused",
+    "tensor_parallel_merge", "fsdp2", "fsdp2_disable_while_merged", "fsdp2_non_finite_vectors",
+)  # fmt: skip
+
+
+PROCESSES = 2
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """{check: [what went wrong in each process]}; the processes run all checks of `distributed_worker.py`."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch.distributed is not built in")
+    store = tmp_path_factory.mktemp("store") / "store"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    command = [sys.executable, "-m", "tests.peft.distributed_worker"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(PROCESSES), str(store)],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(PROCESSES)
+    ]  # fmt: skip
+    found: dict[str, list[str]] = {}
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=180)
+            assert process.returncode == 0, err[-3000:]
+            for name, why in map(json.loads, filter(lambda line: line.startswith("["), out.splitlines())):
+                found.setdefault(name, []).append(why)
+    finally:
+        for process in processes:
+            process.kill()
+    return found
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_sharded(outcomes, check):
+    assert outcomes[check] == [""] * PROCESSES, "\n".join(outcomes[check])
+
+
+def test_every_check_is_listed(outcomes):
+    assert tuple(outcomes) == CHECKS

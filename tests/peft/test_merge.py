@@ -1,0 +1,203 @@
+"""Merging: exact, bounded in memory, atomic, and undone to the bit."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from hra_kernels.peft import base_weight
+from tests.peft.models import Net, adapt, config, layer_of, merged_weight, relative, seeded
+
+DTYPES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def linear(dtype=torch.float32, features=60, out=37):
+    return seeded(lambda: nn.Linear(features, out)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("apply_gs", [False, True])
+def test_merge_rounds_once(dtype, apply_gs):
+    """Every element is the exact value rounded, or, where float32 arithmetic lands on the other side, its neighbor."""
+    layer = layer_of(linear(dtype), r=8, apply_GS=apply_gs)
+    exact = merged_weight(layer)
+    layer.merge()
+    assert layer.weight.dtype == dtype and relative(layer.weight, exact) < 2 * DTYPES[dtype]
+    if dtype in (torch.bfloat16, torch.float16):
+        assert (layer.weight == exact.to(dtype)).float().mean() > 0.99
+
+
+def test_merge_in_blocks(monkeypatch):
+    whole, pieces = layer_of(linear()), layer_of(linear())
+    whole.merge()
+    monkeypatch.setattr(base_weight, "_BLOCK", 130)  # two rows at a time, and a last block of one
+    pieces.merge()
+    assert relative(pieces.weight, whole.weight) < 1e-6
+    pieces.unmerge()
+    assert torch.equal(pieces.weight, linear().weight)
+
+
+def test_merge_needs_no_d_by_d_matrix():
+    """Peak memory of merging a wide layer: its new weight and one block of rows."""
+    features, out = 8192, 16
+    layer = layer_of(linear(torch.bfloat16, features, out))
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return result
+
+    with Watch():
+        layer.merge()
+        layer.unmerge()
+    assert largest <= features * out
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_non_finite_vectors_leave_all_layers_untouched(bad, safe_merge, how):
+    model = adapt(seeded(Net))
+    before = {name: p.clone() for name, p in model.named_parameters() if "hra_u" not in name}
+    with torch.no_grad():
+        model.base_model.model.lin1.hra_u["default"][3, 1] = bad
+    with pytest.raises(ValueError, match=r"The adapter default seems to be broken: its hra_u holds NaN.*'lin1'"):
+        getattr(model, how)(safe_merge=safe_merge)
+    net = model.base_model.model
+    assert not any(layer.merged for layer in (net.conv, net.lin0, net.lin1))
+    for name, parameter in model.named_parameters():
+        assert name not in before or torch.equal(parameter, before[name])
+
+
+def test_non_finite_weight_is_left_alone():
+    base = linear()
+    base.weight.data[2, 3] = float("inf")
+    layer = layer_of(base)
+    with pytest.raises(ValueError, match="the base weight is not finite, or the result is out of its dtype's range"):
+        layer.merge()
+    assert torch.equal(layer.weight, base.weight) and not layer.merged
+
+
+def test_float16_overflow_is_refused():
+    base = linear(torch.float16)
+    base.weight.data.fill_(60000.0)
+    layer = layer_of(base)
+    with torch.no_grad():
+        layer.hra_u["default"][:] = 0
+        layer.hra_u["default"][0, 0], layer.hra_u["default"][1:, 0] = 1.0, -0.1
+    with pytest.raises(ValueError, match="out of its dtype's range"):
+        layer.merge()
+    assert torch.equal(layer.weight, base.weight)
+
+
+def test_merge_again_and_more():
+    """A second adapter joins the first: one rounding from the original weight for both, one restore for both."""
+    model = adapt(nn.Sequential(linear(torch.bfloat16)), targets=["0"])
+    model.add_adapter("b", config(targets=["0"]))
+    layer = model.base_model.model[0]
+    before, exact = layer.weight.clone(), merged_weight(layer, "default", "b")
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="Already following adapters were merged default"):
+        model.merge_adapter(["default", "b"])
+    assert layer.merged_adapters == ["default", "b"]
+    assert (layer.weight == exact.to(torch.bfloat16)).float().mean() > 0.99
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
+        model.merge_adapter(["b"])
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, before) and layer.merged_adapters == []
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layer.unmerge()
+
+
+@pytest.mark.parametrize("order", [["default", "b"], ["b", "default"]])
+def test_weight_changed_while_merged(order):
+    """Then the original is no answer: the reflections are undone on the weight as it has become."""
+    model = adapt(nn.Sequential(linear()), targets=["0"])
+    model.add_adapter("b", config(targets=["0"]))
+    layer = model.base_model.model[0]
+    before = layer.weight.clone()
+    model.merge_adapter(order)
+    change = torch.randn(37, 60)
+    layer.base_layer.weight.data.add_(change)
+    layer.unmerge()
+    unmerged = layer.weight.clone()
+    layer.base_layer.weight.data = before
+    merged_before = merged_weight(layer, *order)
+    layer.base_layer.weight.data = unmerged
+    assert relative(merged_weight(layer, *order), merged_before + change.double()) < 1e-5
+
+
+def test_vectors_changed_while_merged():
+    """Unmerge undoes what was merged, not what the adapter has become."""
+    layer = layer_of(linear())
+    before = layer.weight.clone()
+    layer.merge()
+    with torch.no_grad():
+        layer.hra_u["default"].add_(1)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_cast_while_merged():
+    layer = layer_of(linear())
+    before = layer.weight.clone()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.unmerge()
+    assert layer.weight.dtype == torch.bfloat16 and relative(layer.weight, before) < 2.0**-6
+
+
+def test_merged_model_survives_copies():
+    model = adapt(seeded(Net))
+    x = torch.randn(2, 3, 8, 8)
+    plain = model(x)
+    before = model.base_model.model.lin0.weight.clone()
+    model.merge_adapter()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x))
+        other.unmerge_adapter()
+        assert torch.equal(other.base_model.model.lin0.weight, before) and torch.equal(other(x), plain)
+
+
+def test_merge_and_unload_returns_plain_layers():
+    base = seeded(Net)
+    model = adapt(base)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    merged = model.merge_and_unload(progressbar=False, safe_merge=True)
+    assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    assert relative(merged(x), expected) < 1e-5
+
+
+def test_a_merged_layer_is_the_base_layer():
+    layer = layer_of(linear())
+    layer.merge()
+    x = torch.randn(4, 60)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_weight_not_loaded():
+    layer = layer_of(linear())
+    layer.base_layer.to("meta")
+    with pytest.raises(NotImplementedError, match=r"not loaded \(meta device\)"):
+        layer.merge()
+
+
+def test_fingerprint_sees_every_bit():
+    weight = seeded(lambda: torch.randn(5, 7))
+    print_before = base_weight.fingerprint(weight)
+    assert base_weight.fingerprint(weight.clone()) == print_before
+    for index in range(weight.numel()):
+        changed = weight.clone()
+        changed.view(-1).view(torch.int32)[index] ^= 1
+        assert base_weight.fingerprint(changed) != print_before
+    swapped = weight[[1, 0, 2, 3, 4]]
+    assert base_weight.fingerprint(swapped) != print_before

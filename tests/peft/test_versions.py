@@ -1,0 +1,54 @@
+"""The drop-in on the other PEFT releases it names, each from a folder and in a process of its own.
+
+The releases are fetched with pip into pytest's cache; where that cannot be done the tests are skipped, with the reason.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+
+from hra_kernels.peft import SUPPORTED
+
+ROOT = Path(__file__).resolve().parents[2]
+RELEASES = {"0.19": "0.19.1", "0.20": "0.20.0", "0.21": "0.21.2"}
+FILES = [
+    f"tests/peft/test_{name}.py"
+    for name in (
+        "dropin", "parity", "merge", "merge_models", "defects", "defects_conv", "layer_kinds", "quantized",
+        "mixed_batch", "many_adapters",
+    )
+]  # fmt: skip
+# one test of each kind: switching, order, files, gradients, merging, convolutions, hooks, many adapters
+SELECTION = (
+    "disable_restores or outlive or active_adapters or interchangeable or same_initial or from_pretrained or float32 "
+    "or rounds_once or merge_again or conv_ or hooks or zero_column or tied "
+    "or forward_and_gradients or merge_and_unmerge or each_sample or rules or llama or modules_to_save "
+    "or states_do_not_mix or add_weighted or all_or_nothing"
+)
+
+
+def test_every_supported_release_is_named():
+    assert tuple(RELEASES) == SUPPORTED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", [r for s, r in RELEASES.items() if not peft.__version__.startswith(s + ".")])
+def test_other_release(release, request):
+    folder = Path(request.config.cache.mkdir("peft-releases")) / release
+    if not (folder / "complete").exists():
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade", "--target", str(folder)]
+        done = subprocess.run([*command, f"peft=={release}"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"pip install peft=={release}: {(done.stdout + done.stderr).strip().splitlines()[-1]}")
+        (folder / "complete").touch()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    check = "import peft; assert peft.__version__ == " + repr(release)
+    subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTION, *FILES]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout

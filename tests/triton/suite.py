@@ -1,0 +1,347 @@
+"""What only the Triton kernels can get wrong, run under Triton's interpreter by `test_triton_interpreter.py`.
+
+TRITON_INTERPRET=1 pytest -p tests.triton.interpreter tests/triton/suite.py     on a CPU
+pytest tests/triton/suite.py                                                    on a GPU
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from hra_kernels import ops, reference
+from hra_kernels.backends import triton as triton_backend
+from hra_kernels.backends import triton_kernels, tuning
+from hra_kernels.testing.cases import make_u
+from hra_kernels.testing.tolerance import assert_accurate
+
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GUARD = 97
+"""Elements before and behind every tensor that a kernel may write, with a value none of them computes."""
+
+
+EDGY_SHAPES = [(33, 70, 1), (1, 9, 8), (70, 131, 13), (37, 50, 33), (35, 67, 70), (9, 40, 130)]
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
+
+
+@pytest.fixture(autouse=True)
+def triton_only(device):
+    """Triton serves every operator, and tensors that name no device are made where it does."""
+    with ops.use_backend("triton"), device:
+        yield
+
+
+@pytest.fixture
+def shipped_tiles():
+    """Ask for it to run with the tiles of `tuning`, also in the interpreter."""
+
+
+def here(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors made by a CPU's generator, on the device under test."""
+    return [tensor.to(torch.get_default_device()) for tensor in tensors]
+
+
+def seeded_u(D: int, R: int, columns: str, seed: int = 0) -> torch.Tensor:
+    return here(make_u(D, R, columns, torch.Generator().manual_seed(seed)))[0]
+
+
+@pytest.fixture
+def guarded(monkeypatch) -> Callable[[], list[str]]:
+    """Guard bands around every tensor the launchers allocate; call it for the list of bands that were written to."""
+    buffers = []
+
+    def empty(shape, dtype, device):
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 2 * GUARD,), 12345.0, dtype=dtype, device=device)
+        inner = buffer[GUARD : GUARD + size]
+        inner.fill_(float("nan"))
+        buffers.append((tuple(shape), buffer))
+        return inner.view(shape)
+
+    def damage():
+        return [
+            f"{shape} {buffer.dtype}"
+            for shape, buffer in buffers
+            if not ((buffer[:GUARD] == 12345.0).all() and (buffer[-GUARD:] == 12345.0).all())
+        ]
+
+    monkeypatch.setattr(triton_backend, "_empty", empty)
+    return damage
+
+
+def in_poison(tensor: torch.Tensor, pad: int = 11) -> torch.Tensor:
+    """The same (rows, columns) as a view with NaN on all sides: reading past any edge shows in the result."""
+    rows, columns = tensor.shape
+    buffer = tensor.new_full((rows + 2, columns + 2 * pad), float("nan"))
+    view = buffer[1 : 1 + rows, pad : pad + columns]
+    view.copy_(tensor)
+    return view
+
+
+def reflect_inputs(M, D, R, dtype, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randn(M, D, generator=generator).to(dtype) for _ in range(2))
+    v, t = (torch.randn(R, columns, generator=generator) for columns in (D, R))
+    return here(x, dy, v / D**0.5, scale * t)
+
+
+def reflect_all(backend, x, dy, v, t, transpose):
+    y, p = backend.reflect_fwd(x, v, t, transpose)
+    dx, dv, dt = backend.reflect_bwd(dy, x, v, t, p, transpose)
+    return {"y": y, "p": p, "dx": dx, "dv": dv, "dt": dt}
+
+
+def reflect_bounds(x, dy, v, t, transpose):
+    """(naive, exact) for `assert_accurate`; the naive version rounds all that it multiplies to x's dtype."""
+    rounded = [tensor.to(x.dtype).float() for tensor in (x, dy, v, t)]
+    wide = [tensor.double() for tensor in (x, dy, v, t)]
+    return reflect_all(reference, *rounded, transpose), reflect_all(reference, *wide, transpose)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "shape", [(33, 70, 1), (1, 9, 8), (70, 131, 13), (37, 50, 33), (35, 67, 70), (9, 40, 130)], ids=str
+)
+def test_nothing_outside_is_read_or_written(shape, dtype, guarded):
+    x, dy, v, t = reflect_inputs(*shape, dtype)
+    naive_results, exact = reflect_bounds(x, dy, v, t, True)
+    got = reflect_all(triton_backend, in_poison(x), in_poison(dy, 3), v, in_poison(t), True)
+    assert_accurate(got, naive_results, exact, dtype, shape[2])
+    assert not guarded()
+
+
+@pytest.mark.parametrize("apply_gs", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (131, 3), (70, 18)], ids=str)
+def test_factor_stays_inside(shape, apply_gs, guarded):
+    D, R = shape
+    u = seeded_u(D, R, "random")
+    v, t = ops.wy_factor(in_poison(u), apply_gs)
+    exact_v, exact_t = reference.wy_factor(u, apply_gs)
+    torch.testing.assert_close(
+        reference.dense(v.double(), t.double()), reference.dense(exact_v.double(), exact_t.double())
+    )
+    du = triton_backend.wy_factor_bwd(torch.ones(R, D), torch.ones(R, R), in_poison(u), v, t, apply_gs)
+    assert du.isfinite().all()
+    assert not guarded()
+
+
+@pytest.mark.parametrize("R", [65, 66])
+@pytest.mark.parametrize("apply_gs", [False, True])
+def test_factor_of_many_columns(R, apply_gs):
+    """More columns than a tile of 16 in every kernel of the factor, an odd and an even number of them."""
+    generator = torch.Generator().manual_seed(0)
+    u = seeded_u(80, R, "zero_columns")
+    v, t = triton_backend.wy_factor(u, apply_gs)
+    exact = reference.wy_factor(u, apply_gs)
+    assert torch.equal(v, exact[0]) or apply_gs
+    q = reference.dense(v.double(), t.double())
+    assert (q - reference.dense(*(tensor.double() for tensor in exact))).abs().max() < 1e-5
+    assert (q @ q.mT - torch.eye(80)).abs().max() < 1e-5
+    dv, dt = here(torch.randn(R, 80, generator=generator), torch.randn(R, R, generator=generator))
+    du = triton_backend.wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+    # the same formula from the same factor, in float64 up to one rounding
+    torch.testing.assert_close(du, reference.wy_factor_bwd(dv, dt, u, v, t, apply_gs), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("apply_gs", [False, True])
+def test_batch_is_bitwise_each_on_its_own(apply_gs):
+    us = torch.stack([seeded_u(70, 5, kind) for kind in ("random", "scales", "spike")])
+    v, t = triton_backend.wy_factor_batch(us, apply_gs)
+    for i, u in enumerate(us):
+        alone = triton_backend.wy_factor(u, apply_gs)
+        assert torch.equal(v[i], alone[0]) and torch.equal(t[i], alone[1])
+
+
+def test_many_layers_share_launches(monkeypatch):
+    """Six layers of two shapes: two groups, the launches of two layers; results as from `wy_factor`, in order."""
+    us = [seeded_u(D, 4, "random", seed) for seed, D in enumerate((40, 24, 40, 40, 24, 40))]
+    batches = []
+    original = triton_backend.wy_factor_batch
+
+    def counted(u, apply_gs):
+        batches.append(u.shape[0])
+        return original(u, apply_gs)
+
+    monkeypatch.setattr(triton_backend, "wy_factor_batch", counted)
+    factors = ops.wy_factor_many(us)
+    assert sorted(batches) == [2, 4]
+    for u, (v, t) in zip(us, factors, strict=True):
+        expected = reference.wy_factor(u)
+        assert torch.equal(v, expected[0])
+        torch.testing.assert_close(t, expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_launches(dtype, monkeypatch):
+    """One launch forward; two backward where one program holds every row, one more where sums are left to add."""
+    counted = []
+
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            counted.append(self.name)
+            return self.kernel[grid]
+
+    for name, kernel in vars(triton_kernels).copy().items():
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_kernels, name, Counted(name, kernel))
+    for M, launches in [(1, 3), (200, 4)]:
+        counted.clear()
+        reflect_all(triton_backend, *reflect_inputs(M, 40, 8, dtype), True)
+        assert len(counted) == launches, counted
+
+
+SHIPPED = sorted(tuning.CONFIGS)
+
+
+@pytest.mark.parametrize("key", SHIPPED, ids=str)
+def test_shipped_tiles(key, shipped_tiles):
+    """The tile sizes that ship, where the other tests run coarser ones: more than one tile each way, none whole."""
+    kernel, element_size, block_r = key
+    dtype = torch.float32 if element_size == 4 else torch.bfloat16
+    # the columns that make the launchers take this line of the table
+    wide = 40 if kernel in ("reflect", "backward_columns") else 70
+    R = {16: 8 if element_size == 2 else 9, 32: 19, 64: wide}[block_r]
+    config = tuning.select_config(*key, 4, 4)
+    M, D = config.block_m + 3, config.block_d + 5
+    x, dy, v, t = reflect_inputs(M, D, R, dtype)
+    naive_results, exact = reflect_bounds(x, dy, v, t, False)
+    assert_accurate(reflect_all(triton_backend, x, dy, v, t, False), naive_results, exact, dtype, R)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e5])
+@pytest.mark.parametrize("R", [7, 19])
+def test_float16_holds_any_scale_of_t(R, scale):
+    """s = p m may be far below float16's smallest number, or above its largest, while y and dx are neither."""
+    x, dy, v, t = reflect_inputs(65, 100, R, torch.float16, scale=scale)
+    x, dy = (x * 1e-4, dy * 1e-4) if scale > 1 else (x, dy)
+    exact = reflect_all(reference, *(tensor.double() for tensor in (x, dy, v, t)), True)
+    rounded_t = (t / scale).half().float() * scale  # float16 could not hold t itself
+    naive_results = reflect_all(reference, x.float(), dy.float(), v.half().float(), rounded_t, True)
+    got = reflect_all(triton_backend, x, dy, v, t, True)
+    assert_accurate(got, naive_results, exact, torch.float16, R)
+    for name in ("dv", "dt"):  # float32 results: the naive version's rounding to float16 is no measure for them
+        error = (got[name] - exact[name]).abs().max() / exact[name].abs().max()
+        assert error < 1e-5, (name, error)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_X, _V, _T, _P = (torch.randn(size, device=_DEVICE) for size in ((4, 6), (2, 6), (2, 2), (4, 2)))
+
+
+@pytest.mark.parametrize(
+    "error, text, call",
+    [
+        (
+            ValueError,
+            r"reflect_fwd: v must have shape \(2, 6\), got \(2, 5\)",
+            lambda b: b.reflect_fwd(_X, _V[:, :5], _T),
+        ),
+        (ValueError, r"reflect_fwd: t must have shape \(2, 2\), got \(1, 2\)", lambda b: b.reflect_fwd(_X, _V, _T[:1])),
+        (
+            ValueError,
+            r"reflect_fwd: x must be \(M, D\) and v \(R, D\), got \(4,\)",
+            lambda b: b.reflect_fwd(_X[:, 0], _V, _T),
+        ),
+        (
+            TypeError,
+            "reflect_fwd: v must be torch.float32, got torch.bfloat16",
+            lambda b: b.reflect_fwd(_X, _V.bfloat16(), _T),
+        ),
+        (
+            TypeError,
+            "reflect_dx: t must be torch.float32, got torch.float64",
+            lambda b: b.reflect_dx(_X, _V, _T.double()),
+        ),
+        (ValueError, "reflect_fwd: .* got float64", lambda b: b.reflect_fwd(_X.double(), _V, _T)),
+        (ValueError, "reflect_fwd: .* got int32", lambda b: b.reflect_fwd(_X.int(), _V, _T)),
+        (
+            ValueError,
+            f"reflect_fwd: v must be on {_X.device}, got meta",
+            lambda b: b.reflect_fwd(_X, _V.to("meta"), _T),
+        ),
+        (
+            ValueError,
+            f"reflect_fwd: .* serves {_DEVICE} tensors.* got meta",
+            lambda b: b.reflect_fwd(_X.to("meta"), _V, _T),
+        ),
+        (
+            ValueError,
+            r"reflect_fwd: the rows of x must be contiguous, got strides \(1, 4\)",
+            lambda b: b.reflect_fwd(_X.mT.contiguous().mT, _V, _T),
+        ),
+        (
+            ValueError,
+            "reflect_fwd: .* up to 256 columns, got 257",
+            lambda b: b.reflect_fwd(_X, torch.randn(257, 6), torch.randn(257, 257)),
+        ),
+        (
+            TypeError,
+            "reflect_bwd: dy must be torch.float32, got torch.float16",
+            lambda b: b.reflect_bwd(_X.half(), _X, _V, _T, _P),
+        ),
+        (
+            ValueError,
+            r"reflect_bwd: p must have shape \(4, 2\), got \(3, 2\)",
+            lambda b: b.reflect_bwd(_X, _X, _V, _T, _P[:3]),
+        ),
+        (
+            ValueError,
+            "reflect_bwd: the rows of dy must be contiguous",
+            lambda b: b.reflect_bwd(_X.mT.contiguous().mT, _X, _V, _T, _P),
+        ),
+        (ValueError, r"wy_factor: u must be \(D, R\), got shape \(6,\)", lambda b: b.wy_factor(_X[0])),
+        (ValueError, "wy_factor: .* up to 256 columns, got 257", lambda b: b.wy_factor(torch.randn(3, 257))),
+        (
+            ValueError,
+            r"wy_factor_bwd: dt must have shape \(2, 2\), got \(2, 1\)",
+            lambda b: b.wy_factor_bwd(_V, _T[:, :1], _V.mT, _V, _T),
+        ),
+    ],
+)
+def test_bad_input(error, text, call):
+    with pytest.raises(error, match=text):
+        call(triton_backend)
+
+
+@pytest.mark.parametrize("apply_gs", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_u_shows_in_its_rows(value, apply_gs):
+    u = seeded_u(30, 4, "random")
+    u[7, 1] = value
+    v, t = triton_backend.wy_factor(u, apply_gs)
+    expected_v, _ = reference.wy_factor(u, apply_gs)
+    assert not v[1].isfinite().all()
+    assert torch.equal(v[0], expected_v[0]) or apply_gs
+    y, _ = triton_backend.reflect_fwd(torch.randn(3, 30), v, t)
+    assert not y.isfinite().any(1).any()
+
+
+def applied_update_cosine(u: torch.Tensor, true_u: torch.Tensor, dtype: torch.dtype) -> float:
+    """Cosine between the update that is applied from u and the float64 update of true_u, read where x is zero."""
+    generator = torch.Generator().manual_seed(1)
+    (x,) = here(torch.randn(64, u.shape[0], generator=generator).to(dtype))
+    x[:, ::2] = 0
+    v, t = reference.wy_factor(true_u.double())
+    exact = (reference.reflect_fwd(x.double(), v, t, True)[0] - x.double())[:, ::2]
+    got = ops.reflect_chain(x, [u], [False], transpose=True).double()[:, ::2]
+    return torch.nn.functional.cosine_similarity(got.flatten(), exact.flatten(), 0).item()
+
+
+@pytest.mark.parametrize("R", [8, 20])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
+def test_one_step_from_the_start_is_applied(dtype, R):
+    u = seeded_u(200, R, "paired_step")
+    assert applied_update_cosine(u, u, dtype) > 0.999
+
+
+def test_rounding_u_to_16_bits_is_rejected():
+    u = seeded_u(200, 8, "paired_step")
+    assert applied_update_cosine(u.bfloat16().float(), u, torch.bfloat16) < 0.9
