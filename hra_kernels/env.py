@@ -39,7 +39,7 @@ def _cpu_name() -> str:
 
 
 def _cpu_isa() -> str | None:
-    if cpu_backend.why_unavailable():
+    if cpu_backend.BACKEND.why_unavailable():
         return None
     return importlib.import_module("hra_kernels._native").isa()
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from hra_kernels import reference
+from hra_kernels.checks import check_dtype
 from hra_kernels.factors import factor_dtype
 from hra_kernels.functional import conv, in_autocast_dtype
-from hra_kernels.ops import check_dtype, differentiable_backward, wants_graph, wants_plain_ops
+from hra_kernels.ops import differentiable_backward, wants_graph, wants_plain_ops
 
 _BLOCK = 2**22
 """Elements of x, or of gathered v, in one block: 16 MiB of float32."""

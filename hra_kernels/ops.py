@@ -1,4 +1,4 @@
-"""The operators: schemas, autograd, and the one place that chooses a backend.
+"""The operators: schemas, checks of their arguments, autograd.
 
     reflect(x, v, t)            y = x - (x vᵀ) m v, m = t or tᵀ      saves x, p = x vᵀ (M x R), v, t
     wy_factor(u)                v, t of H_1 ... H_R = I - vᵀ t v     saves u, v, t
@@ -7,120 +7,40 @@
 `attach_factor` makes the factor's graph node from a factor computed earlier, so one factor serves every micro-batch
 between two optimizer steps while each micro-batch's graph is freed on its own.
 
-Each operator is one `torch.library` schema served by whichever backend `select_backend` names; `hra_kernels.reference`
-is the specification of all of them. Double backward, forward-mode AD and `torch.func` transforms run the reference's
-plain PyTorch instead.
+Each operator is one `torch.library` schema served by whichever backend `select_backend` names, and checks its arguments
+(`hra_kernels.checks`) before; `hra_kernels.reference` is the specification of all of them. Double backward,
+forward-mode AD and `torch.func` transforms run the reference's plain PyTorch instead.
 """
 
-import contextlib
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hra_kernels import reference
-from hra_kernels.backends import cpu, cuda, triton
+from hra_kernels import checks, reference
+from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, select_backend, use_backend
+from hra_kernels.backends.base import Backend
 from hra_kernels.factors import factor_dtype, join_factors, join_factors_bwd, split_factor
 
-BACKEND_VARIABLE = "HRA_BACKEND"
-
-BACKENDS = {
-    "reference": reference,
-    "cpu": cpu,
-    "triton": triton,
-    "cuda": cuda.BACKEND,  # by name only until a GPU has verified it
-}
-_PREFERRED = {"cpu": "cpu", "cuda": "triton"}
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_forced: str | None = os.environ.get(BACKEND_VARIABLE) or None
-
-
-def backend_report() -> dict[str, str | None]:
-    """Each backend's name and why it is not available here, or None where it is."""
-    return {name: backend.why_unavailable() for name, backend in BACKENDS.items()}
-
-
-@contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Run every operator inside the `with` block on one backend; None is the automatic choice.
-
-    Raises:
-        ValueError: unknown name.
-        RuntimeError: the backend is not available here; the message says why.
-    """
-    global _forced
-    _require_available(name)
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def _require_available(name: str | None) -> None:
-    if name is None:
-        return
-    if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    reason = BACKENDS[name].why_unavailable()
-    if reason:
-        raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
-
-
-def select_backend(device: torch.device, dtype: torch.dtype, rank: int) -> str:
-    """The name of the backend that serves tensors of this device and dtype with this many columns.
-
-    `HRA_BACKEND` or `use_backend` overrides the choice; a backend forced by name that cannot serve the tensors raises.
-    """
-    if _forced is not None:
-        _require_available(_forced)
-        reason = BACKENDS[_forced].why_unsupported(device, dtype, rank)
-        if reason:
-            raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
-        return _forced
-    preferred = _PREFERRED.get(device.type, "reference")
-    backend = BACKENDS[preferred]
-    if backend.why_unavailable() or backend.why_unsupported(device, dtype, rank):
-        return "reference"
-    return preferred
-
-
-def _backend(device: torch.device, dtype: torch.dtype, rank: int):
-    return BACKENDS[select_backend(device, dtype, rank)]
-
-
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_dtype(op: str, name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _FLOATING:
-        allowed = "float32, float64, bfloat16 or float16"
-        raise TypeError(f"{op}: {name} must be {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
-
-
-def _check_u(op: str, u: Tensor) -> None:
-    check_dtype(op, "u", u)
-    if u.dim() != 2:
-        raise ValueError(f"{op}: u must be (D, R), got shape {tuple(u.shape)}")
-
-
-def _check_reflect(op: str, x: Tensor, v: Tensor, t: Tensor) -> None:
-    check_dtype(op, "x", x)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: x must have at least one dimension, (..., D), got a scalar")
-    if v.dim() != 2 or v.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: v must be (R, D) with D = x.shape[-1] = {x.shape[-1]}, got shape {tuple(v.shape)}")
-    if t.shape != (v.shape[0], v.shape[0]):
-        raise ValueError(f"{op}: t must be (R, R) with R = v.shape[0] = {v.shape[0]}, got shape {tuple(t.shape)}")
-    wanted = factor_dtype(x.dtype)
-    for name, tensor in (("v", v), ("t", t)):
-        if tensor.dtype != wanted:
-            raise TypeError(f"{op}: {name} must be {wanted} for {x.dtype} x, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
-
+__all__ = [
+    "BACKENDS",
+    "BACKEND_VARIABLE",
+    "attach_factor",
+    "backend_report",
+    "chain_factor",
+    "differentiable_backward",
+    "factor_in_groups",
+    "in_factor_dtype",
+    "reflect",
+    "reflect_chain",
+    "select_backend",
+    "use_backend",
+    "wants_graph",
+    "wants_plain_ops",
+    "wy_factor",
+    "wy_factor_many",
+]
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
 
@@ -134,41 +54,81 @@ _library.define(
 )
 
 
-def _implement(name: str, kernel, fake) -> None:
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hra::{name}", fake, lib=_library)
+def _backend(x: Tensor, rank: int) -> Backend:
+    return BACKENDS[select_backend(x.device, x.dtype, rank)]
+
+
+def _factor_backend(u: Tensor) -> Backend:
+    return BACKENDS[select_backend(u.device, u.dtype, u.shape[-1], factor=True)]
+
+
+def _wy_factor_fwd(u, apply_gs):
+    checks.check_u("wy_factor_fwd", u)
+    return _factor_backend(u).wy_factor(u, apply_gs)
+
+
+def _wy_factor_bwd(dv, dt, u, v, t, apply_gs):
+    checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
+    return _factor_backend(u).wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+
+
+def _reflect_fwd(x, v, t, transpose):
+    checks.check_factor("reflect_fwd", "x", x, v, t)
+    checks.check_rows("reflect_fwd", "x", x)
+    return _backend(x, v.shape[0]).reflect_fwd(x, v, t, transpose)
+
+
+def _reflect_dx(dy, v, t, transpose):
+    checks.check_factor("reflect_dx", "dy", dy, v, t)
+    checks.check_rows("reflect_dx", "dy", dy)
+    return _backend(dy, v.shape[0]).reflect_dx(dy, v, t, transpose)
+
+
+def _reflect_bwd(dy, x, v, t, p, transpose):
+    checks.check_reflect_bwd("reflect_bwd", dy, x, v, t, p)
+    checks.check_rows("reflect_bwd", "x", x)
+    checks.check_rows("reflect_bwd", "dy", dy)
+    return _backend(x, v.shape[0]).reflect_bwd(dy, x, v, t, p, transpose)
+
+
+# Strides are checked where tensors are real: a compiler fixes them only when it is done.
 
 
 def _fake_wy_factor_fwd(u, apply_gs):
+    checks.check_u("wy_factor_fwd", u)
     dtype = factor_dtype(u.dtype)
     return u.new_empty(u.shape[1], u.shape[0], dtype=dtype), u.new_empty(u.shape[1], u.shape[1], dtype=dtype)
 
 
-_implement(
-    "wy_factor_fwd",
-    lambda u, apply_gs: _backend(u.device, u.dtype, u.shape[1]).wy_factor(u, apply_gs),
-    _fake_wy_factor_fwd,
-)
-_implement(
-    "wy_factor_bwd",
-    lambda dv, dt, u, v, t, apply_gs: _backend(u.device, u.dtype, u.shape[1]).wy_factor_bwd(dv, dt, u, v, t, apply_gs),
-    lambda dv, dt, u, v, t, apply_gs: u.new_empty(u.shape),
-)
-_implement(
-    "reflect_fwd",
-    lambda x, v, t, transpose: _backend(x.device, x.dtype, v.shape[0]).reflect_fwd(x, v, t, transpose),
-    lambda x, v, t, transpose: (x.new_empty(x.shape), v.new_empty(x.shape[0], v.shape[0])),
-)
-_implement(
-    "reflect_dx",
-    lambda dy, v, t, transpose: _backend(dy.device, dy.dtype, v.shape[0]).reflect_dx(dy, v, t, transpose),
-    lambda dy, v, t, transpose: dy.new_empty(dy.shape),
-)
-_implement(
-    "reflect_bwd",
-    lambda dy, x, v, t, p, transpose: _backend(x.device, x.dtype, v.shape[0]).reflect_bwd(dy, x, v, t, p, transpose),
-    lambda dy, x, v, t, p, transpose: (dy.new_empty(dy.shape), v.new_empty(v.shape), t.new_empty(t.shape)),
-)
+def _fake_wy_factor_bwd(dv, dt, u, v, t, apply_gs):
+    checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
+    return u.new_empty(u.shape)
+
+
+def _fake_reflect_fwd(x, v, t, transpose):
+    checks.check_factor("reflect_fwd", "x", x, v, t)
+    return x.new_empty(x.shape), v.new_empty(x.shape[0], v.shape[0])
+
+
+def _fake_reflect_dx(dy, v, t, transpose):
+    checks.check_factor("reflect_dx", "dy", dy, v, t)
+    return dy.new_empty(dy.shape)
+
+
+def _fake_reflect_bwd(dy, x, v, t, p, transpose):
+    checks.check_reflect_bwd("reflect_bwd", dy, x, v, t, p)
+    return dy.new_empty(dy.shape), v.new_empty(v.shape), t.new_empty(t.shape)
+
+
+for _name, _kernel, _fake in [
+    ("wy_factor_fwd", _wy_factor_fwd, _fake_wy_factor_fwd),
+    ("wy_factor_bwd", _wy_factor_bwd, _fake_wy_factor_bwd),
+    ("reflect_fwd", _reflect_fwd, _fake_reflect_fwd),
+    ("reflect_dx", _reflect_dx, _fake_reflect_dx),
+    ("reflect_bwd", _reflect_bwd, _fake_reflect_bwd),
+]:
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hra::{_name}", _fake, lib=_library)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
@@ -216,6 +176,11 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+def _plain_chain_factor(us: Sequence[Tensor], apply_gs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """`chain_factor` in differentiable plain PyTorch."""
+    return join_factors([reference.wy_factor(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
+
+
 class _Reflect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, v, t, transpose):
@@ -256,7 +221,7 @@ class _Factor(torch.autograd.Function):
         v, t, *us = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:]
         if wants_graph():
-            plain = lambda *us: reference.chain_factor(us, ctx.apply_gs)  # noqa: E731
+            plain = lambda *us: _plain_chain_factor(us, ctx.apply_gs)  # noqa: E731
             return None, None, None, *differentiable_backward(plain, us, needed, (dv, dt))
         widths = [u.shape[1] for u in us]
         factors, grads = [(v, t)], [(dv, dt)]
@@ -286,7 +251,7 @@ def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: u has another dtype or shape.
     """
-    _check_u("wy_factor", u)
+    checks.check_u("wy_factor", u)
     return attach_factor([u], [apply_gs])
 
 
@@ -297,11 +262,11 @@ def chain_factor(
 
     Args:
         us: one or more (D, R_i), as in `wy_factor`.
-        apply_gs: one flag a chain.
+        apply_gs: one flag per chain.
         dtype: of the tensor that will be reflected; float64 makes v and t float64.
     """
     for u in us:
-        _check_u("chain_factor", u)
+        checks.check_u("chain_factor", u)
     with torch.no_grad():
         us = in_factor_dtype(us, dtype)
         return join_factors([torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
@@ -309,27 +274,24 @@ def chain_factor(
 
 def factor_in_groups(u: Tensor) -> bool:
     """Whether `wy_factor_many` shares launches between tensors like u."""
-    return hasattr(_backend(u.device, u.dtype, u.shape[1]), "wy_factor_batch")
+    return _factor_backend(u).shares_launches
 
 
 def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[Tensor, Tensor]]:
     """`wy_factor` of each u, without gradient; us of one shape share their launches where the backend can batch.
 
-    For the factors of a whole model, once an optimizer step: 200 adapted layers of three shapes cost the launches of
+    For the factors of a whole model, once per optimizer step: 200 adapted layers of three shapes cost the launches of
     three. Memory: one more copy of us.
     """
     groups: dict[tuple, list[int]] = {}
     for i, u in enumerate(us):
-        _check_u("wy_factor_many", u)
+        checks.check_u("wy_factor_many", u)
         groups.setdefault((u.shape, u.dtype, u.device), []).append(i)
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
-        for (shape, dtype, device), members in groups.items():
-            if len(members) > 1 and factor_in_groups(us[members[0]]):
-                batch = _backend(device, dtype, shape[1]).wy_factor_batch
-                found = zip(*batch(torch.stack([us[i] for i in members]), apply_gs), strict=True)
-            else:
-                found = [torch.ops.hra.wy_factor_fwd(us[i], apply_gs) for i in members]
+        for members in groups.values():
+            stacked = torch.stack([us[i] for i in members])
+            found = zip(*_factor_backend(stacked).wy_factor_many(stacked, apply_gs), strict=True)
             factors.update(zip(members, found, strict=True))
     return [factors[i] for i in range(len(us))]
 
@@ -345,7 +307,7 @@ def attach_factor(
 ) -> tuple[Tensor, Tensor]:
     """`chain_factor`, differentiable in us. With `factor` given, only the graph is made: nothing is computed again."""
     if wants_plain_ops():
-        return reference.chain_factor(us, apply_gs)
+        return _plain_chain_factor(us, apply_gs)
     if factor is None:
         factor = chain_factor(us, apply_gs, us[0].dtype)
     if _wants_gradient(*us):
@@ -367,7 +329,7 @@ def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
     Raises:
         TypeError, ValueError: dtype, shape or device does not fit.
     """
-    _check_reflect("reflect", x, v, t)
+    checks.check_factor("reflect", "x", x, v, t)
     rows = _rows(x)
     if wants_plain_ops():
         y = reference.reflect_fwd(rows, v, t, transpose)[0]
@@ -390,7 +352,7 @@ def reflect_chain(
     Args:
         x: (..., D), as in `reflect`.
         us: one or more (D, R_i), as in `wy_factor`. Q = Q_1 Q_2 ...
-        apply_gs: one flag a chain.
+        apply_gs: one flag per chain.
         factor: `chain_factor(us, apply_gs, x.dtype)` where the caller kept it; it must belong to us as they are now.
 
     Returns:

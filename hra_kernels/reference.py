@@ -27,12 +27,12 @@ blocks; above the blocks it is the Gram matrix of v, on them (a, d the two rows 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from hra_kernels.factors import factor_dtype, join_factors
+from hra_kernels.factors import factor_dtype
 
 GS_RTOL = 2.0**-13
 """Gram-Schmidt drops a column whose part outside the earlier columns' span is below this fraction of its norm.
@@ -276,11 +276,6 @@ def reflect_bwd(
     return dx, dv, dm.mT.contiguous() if transpose else dm
 
 
-def chain_factor(us: Sequence[Tensor], apply_gs: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """(v, t) of Q_1 Q_2 ... for the chains of several u."""
-    return join_factors([wy_factor(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
-
-
 def reflect_mixed(
     x: Tensor, v: Tensor, t: Tensor, chains: Tensor, samples: Tensor | None = None, transpose: bool = False
 ) -> Tensor:
@@ -290,13 +285,3 @@ def reflect_mixed(
     """
     y, _ = reflect_fwd(x if samples is None else x[samples], v[chains], t[chains], transpose)
     return y if samples is None else x.index_copy(0, samples, y)
-
-
-def why_unavailable() -> str | None:
-    """None: plain PyTorch runs everywhere."""
-    return None
-
-
-def why_unsupported(device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
-    """None: any device, dtype and number of columns."""
-    return None

@@ -125,7 +125,7 @@ def triton_bench(key: tuple[str, int, int], shape: tuple[int, int], device: str)
     """The bench of one entry of `CONFIGS`."""
     kernel, element_size, block_r = key
     dtype = torch.bfloat16 if element_size == 2 else torch.float32
-    return Bench(triton_backend, KERNELS[kernel], shape, 8 if block_r == 16 else block_r, dtype, device)
+    return Bench(triton_backend.BACKEND, KERNELS[kernel], shape, 8 if block_r == 16 else block_r, dtype, device)
 
 
 _last_bench = functools.lru_cache(maxsize=1)(triton_bench)

@@ -1,0 +1,80 @@
+"""The backends by name, and the one place that chooses between them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from hra_kernels.backends import cpu, cuda, reference, triton
+from hra_kernels.backends.base import Backend
+
+BACKEND_VARIABLE = "HRA_BACKEND"
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (reference.BACKEND, cpu.BACKEND, triton.BACKEND, cuda.BACKEND)
+}
+_PREFERRED = {
+    "cpu": ("cpu",),
+    "cuda": ("triton",),  # `cuda` by name only until a GPU has verified it
+}
+"""For each type of device, who is asked in turn; the reference serves what none of them does."""
+
+_forced: str | None = os.environ.get(BACKEND_VARIABLE) or None
+
+
+def backend_report() -> dict[str, str | None]:
+    """Each backend's name and why it is not available here, or None where it is."""
+    return {name: backend.why_unavailable() for name, backend in BACKENDS.items()}
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Run every operator inside the `with` block on one backend; None is the automatic choice.
+
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: the backend is not available here; the message says why.
+    """
+    global _forced
+    _require_available(name)
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _require_available(name: str | None) -> None:
+    if name is None:
+        return
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = BACKENDS[name].why_unavailable()
+    if reason:
+        raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
+
+
+def _why_unsupported(name: str, device: torch.device, dtype: torch.dtype, rank: int, factor: bool) -> str | None:
+    backend = BACKENDS[name]
+    return (backend.why_factor_unsupported if factor else backend.why_unsupported)(device, dtype, rank)
+
+
+def select_backend(device: torch.device, dtype: torch.dtype, rank: int, *, factor: bool = False) -> str:
+    """The name of the backend that reflects tensors of this device and dtype with this many columns.
+
+    `HRA_BACKEND` or `use_backend` overrides the choice; a backend forced by name that cannot serve the tensors raises.
+
+    Args:
+        factor: the backend for the factor of such vectors u instead.
+    """
+    if _forced is not None:
+        _require_available(_forced)
+        reason = _why_unsupported(_forced, device, dtype, rank, factor)
+        if reason:
+            raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
+        return _forced
+    for name in _PREFERRED.get(device.type, ()):
+        if not (BACKENDS[name].why_unavailable() or _why_unsupported(name, device, dtype, rank, factor)):
+            return name
+    return reference.BACKEND.name

@@ -4,13 +4,13 @@ Nothing in csrc/cuda/ has run on a GPU yet: it is tested on the CPU emulation (t
 by name (`HRA_BACKEND=cuda` or `use_backend("cuda")`). `hra_kernels.reference` is the specification.
 """
 
-from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from hra_kernels.backends.base import Backend
 from hra_kernels.backends.tuning import select_slice
 
 try:
@@ -20,39 +20,30 @@ except ImportError as error:
     _import_error = " ".join(str(error).split())
 
 _CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-_LEAST_CAPABILITY = (8, 0)
 
 
-def _rows(op: str, name: str, rows: Tensor) -> Tensor:
-    if rows.dim() != 2 or (rows.stride(1) != 1 and rows.shape[1] > 1):
-        raise ValueError(
-            f"{op}: {name} must be (M, D) with contiguous rows, got shape {tuple(rows.shape)}, strides {rows.stride()}"
-        )
-    return rows
-
-
-class CudaBackend:
+class CudaBackend(Backend):
     """The operators through one compiled module: `_cuda`, or its emulation, whose device is the CPU."""
 
-    def __init__(self, native: ModuleType, device_type: str):
+    name = "cuda"
+    dtypes = tuple(_CODES)
+    max_rank = 64  # csrc/hra.h: cuda::kMaxRank
+    shares_launches = True
+
+    def __init__(self, native: ModuleType | None, device_type: str):
         self._native = native
-        self._device_type = device_type
+        self.device_type = device_type
 
     def why_unavailable(self) -> str | None:
-        """None, or that there is no GPU for the loaded module."""
-        if self._device_type == "cuda" and not torch.cuda.is_available():
+        """None, or what is missing: the module, or a GPU for it."""
+        if self._native is None:
+            return f"the CUDA module is missing: {_import_error}"
+        if self.device_type == "cuda" and not torch.cuda.is_available():
             return "the CUDA module is built, but PyTorch sees no GPU"
         return None
 
-    def why_unsupported(self, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
-        """None, or which property of the tensors the kernels do not take."""
-        if device.type != self._device_type:
-            return f"it serves {self._device_type} tensors, these are on {device}"
-        if dtype not in _CODES:
-            return f"it serves float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-        if rank > self._native.MAX_RANK:
-            return f"it serves up to {self._native.MAX_RANK} columns, these are {rank}"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+    def _why_device_unsupported(self, device: torch.device) -> str | None:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return f"it needs compute capability 8.0, {device} has {torch.cuda.get_device_capability(device)}"
         return None
 
@@ -61,27 +52,24 @@ class CudaBackend:
         with torch.cuda.device_of(tensor):
             function(*arguments, stream)
 
-    def wy_factors(self, us: Sequence[Tensor], apply_gs: Sequence[bool]) -> list[tuple[Tensor, Tensor]]:
-        """`reference.wy_factor` of many layers on one device, in one launch for every 32 of them."""
-        results, layers = [], []
-        for u, gs in zip(us, apply_gs, strict=True):
-            size_d, rank = u.shape
-            v = torch.empty((rank, size_d), dtype=torch.float32, device=u.device)
-            t = torch.empty((rank, rank), dtype=torch.float32, device=u.device)
-            results.append((v, t))
-            layers.append(
-                (v.data_ptr(), t.data_ptr(), u.data_ptr(), size_d, rank, *u.stride(), _CODES[u.dtype], bool(gs))
-            )
+    def wy_factor_many(self, us: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
+        """One launch for every 32 of them."""
+        count, size_d, rank = us.shape
+        v = torch.empty((count, rank, size_d), dtype=torch.float32, device=us.device)
+        t = torch.empty((count, rank, rank), dtype=torch.float32, device=us.device)
+        layers = [
+            (one_v.data_ptr(), one_t.data_ptr(), u.data_ptr(), size_d, rank, *u.stride(), _CODES[u.dtype], apply_gs)
+            for one_v, one_t, u in zip(v, t, us, strict=True)
+        ]
         if layers:
-            self._launch(self._native.wy_factor_fwd, us[0], layers)
-        return results
+            self._launch(self._native.wy_factor_fwd, us, layers)
+        return v, t
 
     def wy_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
-        """v (R, D) and t (R, R); see `reference.wy_factor`."""
-        return self.wy_factors([u], [apply_gs])[0]
+        v, t = self.wy_factor_many(u[None], apply_gs)
+        return v[0], t[0]
 
     def wy_factor_bwd(self, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool) -> Tensor:
-        """du (D, R); see `reference.wy_factor_bwd`."""
         size_d, rank = u.shape
         du = torch.empty((size_d, rank), dtype=u.dtype, device=u.device)
         tensors = [dv.contiguous(), dt.contiguous(), u, v.contiguous(), t.contiguous()]
@@ -91,8 +79,6 @@ class CudaBackend:
         return du
 
     def reflect_fwd(self, x: Tensor, v: Tensor, t: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
-        """y (M, D) and p (M, R); see `reference.reflect_fwd`."""
-        _rows("reflect_fwd", "x", x)
         size_m, size_d = x.shape
         rank = v.shape[0]
         y = torch.empty((size_m, size_d), dtype=x.dtype, device=x.device)
@@ -105,17 +91,14 @@ class CudaBackend:
         return y, p
 
     def reflect_dx(self, dy: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:
-        """dx (M, D); see `reference.reflect_dx`."""
-        return self._backward("reflect_dx", dy, None, v, t, None, transpose)[0]
+        return self._backward(dy, None, v, t, None, transpose)[0]
 
     def reflect_bwd(
         self, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dx (M, D), dv (R, D), dt (R, R); see `reference.reflect_bwd`."""
-        return self._backward("reflect_bwd", dy, x, v, t, p, transpose)
+        return self._backward(dy, x, v, t, p, transpose)
 
-    def _backward(self, op, dy, x, v, t, p, transpose):
-        _rows(op, "dy", dy)
+    def _backward(self, dy, x, v, t, p, transpose):
         size_m, size_d = dy.shape
         rank = v.shape[0]
         code = _CODES[dy.dtype]
@@ -125,7 +108,6 @@ class CudaBackend:
         dv = dt = workspace = None
         workspace_bytes = 0
         if x is not None:
-            _rows(op, "x", x)
             p = p.contiguous()
             dv = torch.empty((rank, size_d), dtype=torch.float32, device=dy.device)
             dt = torch.empty((rank, rank), dtype=torch.float32, device=dy.device)
@@ -145,16 +127,4 @@ class CudaBackend:
         return dx, dv, dt
 
 
-class _Missing:
-    """Stands for the backend where the compiled module cannot be imported."""
-
-    def why_unavailable(self) -> str | None:
-        """Why the module is missing."""
-        return f"the CUDA module is missing: {_import_error}"
-
-
-def _load() -> CudaBackend | _Missing:
-    return CudaBackend(_cuda, "cuda") if _cuda is not None else _Missing()
-
-
-BACKEND = _load()
+BACKEND = CudaBackend(_cuda, "cuda")

@@ -15,6 +15,7 @@ import os
 import torch
 from torch import Tensor
 
+from hra_kernels.backends.base import Backend
 from hra_kernels.backends.tuning import (
     COLUMN_PROGRAMS,
     GRAM_BLOCK_D,
@@ -28,7 +29,6 @@ from hra_kernels.backends.tuning import (
     select_config,
 )
 
-MAX_RANK = 256
 FUSED_RANK = 64
 """Up to here p and m of a row block fit on the chip. More columns go 64 at a time through kernels of their own."""
 
@@ -40,32 +40,14 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_unavailable() -> str | None:
-    """None where Triton and a GPU (or the interpreter) are here, else the reason."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
-        return "PyTorch sees no GPU (with TRITON_INTERPRET=1 Triton runs on the CPU, for tests)"
-    return None
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def _is_too_old(device: torch.device) -> bool:
     return not _is_amd() and torch.cuda.get_device_capability(device) < (8, 0)
-
-
-def why_unsupported(device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
-    """None where the kernels serve tensors of this device and dtype with this many columns, else the reason."""
-    served = "cpu" if _interpreted() else "cuda"
-    if device.type != served:
-        return f"it serves {served} tensors{' under TRITON_INTERPRET=1' if _interpreted() else ''}, got {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it serves float32, bfloat16 and float16, got {str(dtype).removeprefix('torch.')}"
-    if rank > MAX_RANK:
-        return f"it serves up to {MAX_RANK} columns, got {rank}"
-    if served == "cuda" and _is_too_old(device):
-        return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
-    return None
 
 
 def _kernels():
@@ -107,41 +89,6 @@ def _num_warps(config: LaunchConfig) -> int:
     return max(1, config.num_warps // 2) if _is_amd() else config.num_warps
 
 
-# --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
-
-
-def _check_rows(op: str, name: str, x: Tensor) -> None:
-    if x.shape[1] > 1 and x.stride(1) != 1 and x.numel():
-        raise ValueError(f"{op}: the rows of {name} must be contiguous, got strides {tuple(x.stride())}")
-
-
-def _check_served(op: str, tensor: Tensor, rank: int) -> None:
-    reason = why_unsupported(tensor.device, tensor.dtype, rank)
-    if reason:
-        raise ValueError(f"{op}: the Triton backend cannot serve this call: {reason}")
-
-
-def _check_reflect(op: str, x: Tensor, v: Tensor, t: Tensor) -> None:
-    if x.dim() != 2 or v.dim() != 2:
-        raise ValueError(f"{op}: x must be (M, D) and v (R, D), got {tuple(x.shape)} and {tuple(v.shape)}")
-    R, D = v.shape[0], x.shape[1]
-    _check_served(op, x, R)
-    _check(op, "v", v, (R, D), torch.float32, x.device)
-    _check(op, "t", t, (R, R), torch.float32, x.device)
-    _check_rows(op, "x", x)
-    if R * D >= 2**31:
-        raise ValueError(f"{op}: v must have fewer than 2^31 elements, got {R} x {D}")
-
-
 # --- reflect ----------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +102,11 @@ def _mode(x: Tensor, R: int) -> dict[str, object]:
 def _v_scale(dtype: torch.dtype) -> float:
     """What v is multiplied by, and its products divided by, where it meets x: float16 has no small numbers."""
     return 256.0 if dtype == torch.float16 else 1.0
+
+
+def _require_int_offsets(op: str, v: Tensor) -> None:
+    if v.numel() >= 2**31:
+        raise ValueError(f"{op}: v must have fewer than 2^31 elements, got {v.shape[0]} x {v.shape[1]}")
 
 
 def _m_strides(t: Tensor, transpose: bool) -> dict[str, int]:
@@ -206,6 +158,7 @@ def _combine(y: Tensor, x: Tensor, s: Tensor, v: Tensor, mode: dict) -> None:
 
 def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> tuple[Tensor, Tensor | None]:
     (M, D), R = x.shape, v.shape[0]
+    _require_int_offsets("reflect_fwd" if need_p else "reflect_dx", v)
     y = _empty((M, D), x.dtype, x.device)
     p = _empty((M, R), torch.float32, x.device) if need_p or R > FUSED_RANK else None
     if M == 0 or D == 0 or R == 0:
@@ -228,61 +181,12 @@ def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> 
     return y, p
 
 
-def reflect_fwd(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> tuple[Tensor, Tensor]:
-    """`reference.reflect_fwd`: y = x - (x vᵀ) m v in x's dtype and p = x vᵀ (M, R) float32.
-
-    Args:
-        x: (M, D), contiguous rows any stride apart; float32, bfloat16 or float16.
-        v: (R, D) float32 with R <= 256; with a float16 x, entries below 128 in size, as `wy_factor` returns them.
-        t: (R, R) float32, any strides.
-
-    Raises:
-        ValueError, TypeError: shape, dtype, device or strides do not fit.
-    """
-    _check_reflect("reflect_fwd", x, v, t)
-    return _reflect(x, v, t, transpose, need_p=True)
-
-
-def reflect_dx(dy: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
-    """`reference.reflect_dx`: dx = dy - (dy vᵀ) mᵀ v; arguments as in `reflect_fwd`."""
-    _check_reflect("reflect_dx", dy, v, t)
-    return _reflect(dy, v, t, not transpose, need_p=False)[0]
-
-
 def _column_splits(M: int, D: int, R: int, block_m: int, block_d: int) -> tuple[int, int]:
     """(rows a split, splits) for `backward_columns_kernel`, of which dv's partial sums are one a split."""
     strips = _cdiv(D, block_d)
     blocks = _cdiv(M, block_m)
     rows = _cdiv(blocks, max(1, min(blocks, COLUMN_PROGRAMS // strips))) * block_m
     return rows, _cdiv(M, rows)
-
-
-def reflect_bwd(
-    dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.reflect_bwd`: dx in dy's dtype, dv (R, D) and dt (R, R) float32. Two runs agree bit for bit.
-
-    Args:
-        dy: as x, in shape and dtype; its row stride may differ.
-        p: (M, R) float32 from `reflect_fwd`; the other arguments are that call's.
-
-    Raises:
-        ValueError, TypeError: shape, dtype, device or strides do not fit.
-    """
-    _check_reflect("reflect_bwd", x, v, t)
-    (M, D), R = x.shape, v.shape[0]
-    _check("reflect_bwd", "dy", dy, (M, D), x.dtype, x.device)
-    _check("reflect_bwd", "p", p, (M, R), torch.float32, x.device)
-    _check_rows("reflect_bwd", "dy", dy)
-    dx = _empty((M, D), dy.dtype, dy.device)
-    dv = _empty((R, D), torch.float32, dy.device)
-    dt = _empty((R, R), torch.float32, dy.device)
-    if M == 0 or D == 0 or R == 0:
-        return dx.copy_(dy), dv.zero_(), dt.zero_()
-    v, p = v.contiguous(), p.contiguous()
-    with torch.cuda.device_of(x):
-        _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose)
-    return dx, dv, dt
 
 
 def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
@@ -375,10 +279,9 @@ def _gram_schmidt(g: Tensor, t: Tensor) -> Tensor:
     return inverse
 
 
-def wy_factor_batch(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
-    """v (L, R, D) and t (L, R, R) of L factors at once, u (L, D, R): three launches for all, four with apply_gs."""
+def _factor(u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
+    """v (L, R, D) and t (L, R, R) of u (L, D, R)."""
     L, D, R = u.shape
-    _check_served("wy_factor", u, R)
     v = _empty((L, R, D), torch.float32, u.device)
     t = _empty((L, R, R), torch.float32, u.device)
     if u.numel() == 0:
@@ -403,25 +306,9 @@ def wy_factor_batch(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
     return v, t
 
 
-def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
-    """`reference.wy_factor`: v (R, D) and t (R, R) float32 of u (D, R), any strides; sums in float64.
-
-    A column with a NaN or an infinity makes its rows of v, and through them t, NaN or infinite: nothing hides it.
-    """
-    if u.dim() != 2:
-        raise ValueError(f"wy_factor: u must be (D, R), got shape {tuple(u.shape)}")
-    v, t = wy_factor_batch(u[None], apply_gs)
-    return v[0], t[0]
-
-
-def wy_factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool = False) -> Tensor:
-    """`reference.wy_factor_bwd`: du (D, R) in u's dtype."""
-    if u.dim() != 2:
-        raise ValueError(f"wy_factor_bwd: u must be (D, R), got shape {tuple(u.shape)}")
+def _factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool) -> Tensor:
+    """du (D, R)."""
     D, R = u.shape
-    _check_served("wy_factor_bwd", u, R)
-    for name, tensor, shape in [("dv", dv, (R, D)), ("dt", dt, (R, R)), ("v", v, (R, D)), ("t", t, (R, R))]:
-        _check("wy_factor_bwd", name, tensor, shape, torch.float32, u.device)
     du = _empty((D, R), u.dtype, u.device)
     if u.numel() == 0:
         return du
@@ -450,3 +337,70 @@ def wy_factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply
             BLOCK_P=8, BLOCK_D=128, APPLY_GS=apply_gs, num_warps=4, num_stages=1,
         )  # fmt: skip
     return du
+
+
+# --- the backend ------------------------------------------------------------------------------------------------------
+
+
+class TritonBackend(Backend):
+    """Any GPU that Triton supports."""
+
+    name = "triton"
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    max_rank = 256
+    shares_launches = True
+
+    @property
+    def device_type(self) -> str:
+        return "cpu" if _interpreted() else "cuda"
+
+    def why_unavailable(self) -> str | None:
+        """None where Triton and a GPU (or the interpreter) are here, else the reason."""
+        if not _is_installed():
+            return "Triton is not installed"
+        if not torch.cuda.is_available() and not _interpreted():
+            return "PyTorch sees no GPU (with TRITON_INTERPRET=1 Triton runs on the CPU, for tests)"
+        return None
+
+    def _why_device_unsupported(self, device: torch.device) -> str | None:
+        if device.type == "cuda" and _is_too_old(device):
+            return "it needs an NVIDIA GPU of compute capability 8.0 or newer"
+        return None
+
+    def wy_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
+        """Sums are in float64. A column with a NaN or an infinity makes its rows of v and t so: nothing hides it."""
+        v, t = _factor(u[None], apply_gs)
+        return v[0], t[0]
+
+    def wy_factor_many(self, us: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
+        """Three launches for all, four with apply_gs."""
+        return _factor(us, apply_gs)
+
+    def wy_factor_bwd(self, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool) -> Tensor:
+        return _factor_bwd(dv, dt, u, v, t, apply_gs)
+
+    def reflect_fwd(self, x: Tensor, v: Tensor, t: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
+        """With a float16 x, entries of v must be below 128 in size, as `wy_factor` returns them."""
+        return _reflect(x, v, t, transpose, need_p=True)
+
+    def reflect_dx(self, dy: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:
+        return _reflect(dy, v, t, not transpose, need_p=False)[0]
+
+    def reflect_bwd(
+        self, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Two runs agree bit for bit."""
+        (M, D), R = x.shape, v.shape[0]
+        _require_int_offsets("reflect_bwd", v)
+        dx = _empty((M, D), dy.dtype, dy.device)
+        dv = _empty((R, D), torch.float32, dy.device)
+        dt = _empty((R, R), torch.float32, dy.device)
+        if M == 0 or D == 0 or R == 0:
+            return dx.copy_(dy), dv.zero_(), dt.zero_()
+        v, p = v.contiguous(), p.contiguous()
+        with torch.cuda.device_of(x):
+            _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose)
+        return dx, dv, dt
+
+
+BACKEND = TritonBackend()

@@ -117,12 +117,12 @@ def batches(monkeypatch):
     """The reference with factors in groups; a list with the shape of each group."""
     shapes = []
 
-    def wy_factor_batch(us, apply_gs):
+    def wy_factor_many(us, apply_gs):
         shapes.append(tuple(us.shape))
-        factors = [cpu_backend.wy_factor(u, apply_gs) for u in us]
-        return tuple(torch.stack(part) for part in zip(*factors, strict=True))
+        return cpu_backend.BACKEND.wy_factor_many(us, apply_gs)
 
-    monkeypatch.setattr(ops.reference, "wy_factor_batch", wy_factor_batch, raising=False)
+    monkeypatch.setattr(ops.BACKENDS["reference"], "wy_factor_many", wy_factor_many)
+    monkeypatch.setattr(ops.BACKENDS["reference"], "shares_launches", True)
     return shapes
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from hra_kernels import hra_conv2d, hra_linear, hra_weight, ops, reference
 from hra_kernels.backends import cpu as cpu_backend
+from hra_kernels.factors import join_factors
 from hra_kernels.nn import HRAConv2d, HRALinear
 
 CONVOLUTIONS = [
@@ -49,7 +50,8 @@ def test_linear_is_the_merged_weight(flags):
     ]
     inputs = (x.requires_grad_(), w.requires_grad_(), bias.requires_grad_())
     got = gradients(hra_linear(x, w, us, bias, apply_gs=flags), dy, (*inputs, *us))
-    q = reference.dense(*reference.chain_factor(us, flags))
+    factors = [reference.wy_factor(u, flag) for u, flag in zip(us, flags, strict=True)]
+    q = reference.dense(*join_factors(factors))
     exact = gradients(F.linear(x, w @ q, bias), dy, (*inputs, *us))
     torch.testing.assert_close(got, exact)
     torch.testing.assert_close(hra_weight(w, us, apply_gs=flags), merged_weight(w, us, flags))
@@ -205,7 +207,7 @@ def test_backend_by_name():
 
 
 def test_more_columns_than_the_kernels_take_go_to_the_reference():
-    assert ops.select_backend(torch.device("cpu"), torch.float32, cpu_backend.MAX_RANK + 1) == "reference"
-    x, u = torch.randn(3, 20), torch.randn(20, cpu_backend.MAX_RANK + 1)
+    assert ops.select_backend(torch.device("cpu"), torch.float32, cpu_backend.BACKEND.max_rank + 1) == "reference"
+    x, u = torch.randn(3, 20), torch.randn(20, cpu_backend.BACKEND.max_rank + 1)
     q = reference.explicit_chain(u.double())
     torch.testing.assert_close(ops.reflect_chain(x, [u], [False]).double(), x.double() @ q, rtol=0, atol=1e-4)

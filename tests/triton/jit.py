@@ -51,7 +51,7 @@ def main() -> None:
     driver.set_active(Hopper())
     with (
         mock.patch.object(jit.JITFunction, "run", compile_only),
-        mock.patch.multiple(triton_backend, why_unavailable=lambda: None, why_unsupported=lambda *_: None),
+        mock.patch.multiple(triton_backend.BACKEND, why_unavailable=lambda: None, why_unsupported=lambda *_: None),
         ops.use_backend("triton"),
     ):
         for case in CASES:

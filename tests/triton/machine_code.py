@@ -102,7 +102,6 @@ def launches_of(call: Callable[[], None], target: str = "sm_90") -> list[Launch]
     found: dict[Launch, None] = {}
     with mock.patch.multiple(
         triton_backend,
-        why_unsupported=lambda *_: None,
         _is_amd=lambda: TARGETS[target].backend == "hip",
         _kernels=lambda: _overhear(triton_kernels, found),
         _factor_kernels=lambda: _overhear(triton_factor_kernels, found),
@@ -136,17 +135,17 @@ def call_reflect(M: int, D: int, R: int, dtype: torch.dtype) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, v, t, p = empty(M, D, dtype=dtype), empty(R, D), empty(R, R), empty(M, R)
-    triton_backend.reflect_fwd(x, v, t, True)
+    triton_backend.BACKEND.reflect_fwd(x, v, t, True)
     if dtype == torch.bfloat16:  # the same kernel without p
-        triton_backend.reflect_dx(x, v, t, True)
-    triton_backend.reflect_bwd(x, x, v, t, p, True)
+        triton_backend.BACKEND.reflect_dx(x, v, t, True)
+    triton_backend.BACKEND.reflect_bwd(x, x, v, t, p, True)
 
 
 def call_factor(D: int, R: int, apply_gs: bool) -> None:
     u = torch.empty(D, R, device="meta")
     v, t = torch.empty(R, D, device="meta"), torch.empty(R, R, device="meta")
-    triton_backend.wy_factor(u, apply_gs)
-    triton_backend.wy_factor_bwd(v, t, u, v, t, apply_gs)
+    triton_backend.BACKEND.wy_factor(u, apply_gs)
+    triton_backend.BACKEND.wy_factor_bwd(v, t, u, v, t, apply_gs)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""What every operator requires of its arguments, whichever backend serves it. `op` is the name that errors give."""
+
+import torch
+from torch import Tensor
+
+from hra_kernels.factors import factor_dtype
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    """One of the four dtypes that are served."""
+    if tensor.dtype not in _FLOATING:
+        allowed = "float32, float64, bfloat16 or float16"
+        raise TypeError(f"{op}: {name} must be {allowed}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_u(op: str, u: Tensor) -> None:
+    """u (D, R)."""
+    check_dtype(op, "u", u)
+    if u.dim() != 2:
+        raise ValueError(f"{op}: u must be (D, R), got shape {tuple(u.shape)}")
+
+
+def check_factor(op: str, name: str, x: Tensor, v: Tensor, t: Tensor) -> None:
+    """v (R, D) and t (R, R) that reflect x (..., D), called `name`."""
+    check_dtype(op, name, x)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least one dimension, (..., D), got a scalar")
+    if v.dim() != 2 or v.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: v must be (R, D) with D = {name}.shape[-1] = {x.shape[-1]}, got shape {tuple(v.shape)}"
+        )
+    if t.shape != (v.shape[0], v.shape[0]):
+        raise ValueError(f"{op}: t must be (R, R) with R = v.shape[0] = {v.shape[0]}, got shape {tuple(t.shape)}")
+    wanted = factor_dtype(x.dtype)
+    for other, tensor in (("v", v), ("t", t)):
+        if tensor.dtype != wanted:
+            raise TypeError(f"{op}: {other} must be {wanted} for {x.dtype} {name}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {other} must be on {name}'s device {x.device}, got {tensor.device}")
+
+
+def check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    """A tensor whose shape, dtype and device follow from the others."""
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
+
+
+def check_rows(op: str, name: str, rows: Tensor) -> None:
+    """(M, D), each row contiguous; rows may be any stride apart."""
+    if rows.dim() != 2 or (rows.stride(1) != 1 and rows.shape[1] > 1 and rows.numel()):
+        raise ValueError(
+            f"{op}: {name} must be (M, D) with contiguous rows, got shape {tuple(rows.shape)}, strides {rows.stride()}"
+        )
+
+
+def check_reflect_bwd(op: str, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor) -> None:
+    """The arguments of `reflect_fwd`, its p, and the gradient of its y."""
+    check_factor(op, "x", x, v, t)
+    check_like(op, "dy", dy, x.shape, x.dtype, x.device)
+    check_like(op, "p", p, (*x.shape[:-1], v.shape[0]), v.dtype, x.device)
+
+
+def check_wy_factor_bwd(op: str, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor) -> None:
+    """u (D, R), its factor, and the factor's gradients."""
+    check_u(op, u)
+    (size_d, rank), dtype, device = u.shape, factor_dtype(u.dtype), u.device
+    for name, tensor in (("dv", dv), ("v", v)):
+        check_like(op, name, tensor, (rank, size_d), dtype, device)
+    for name, tensor in (("dt", dt), ("t", t)):
+        check_like(op, name, tensor, (rank, rank), dtype, device)
