@@ -16,12 +16,11 @@ from torch.func import functional_call
 from hra_kernels.functional import conv_correction, hra_weight
 from hra_kernels.mixed_batch import conv_correction_mixed
 from hra_kernels.ops import attach_factor, in_factor_dtype
+from hra_kernels.peft.base_weight import is_offloaded, loaded
 from hra_kernels.peft.layer import ReflectionLayer
-from hra_kernels.peft.offload import is_offloaded, loaded
-from hra_kernels.peft.own_setup import OwnSetup
 
 
-class ConvLayer(ReflectionLayer, OwnSetup):
+class ConvLayer(ReflectionLayer):
     """What `HRAConv1d`, `HRAConv2d` and `HRAConv3d` share."""
 
     def _vector_shape(self) -> tuple[int, ...]:
@@ -76,7 +75,7 @@ def _geometry(base: nn.Module) -> tuple:
     return base.stride, base.padding, base.dilation, base.padding_mode
 
 
-class HRAConv1d(ConvLayer, nn.Module):
+class HRAConv1d(ConvLayer):
     """As `HRAConv2d`, over an `nn.Conv1d`; `hra_u` is (in_channels k, r)."""
 
 
@@ -88,7 +87,7 @@ class HRAConv2d(ConvLayer, PeftHRAConv2d):
     """
 
 
-class HRAConv3d(ConvLayer, nn.Module):
+class HRAConv3d(ConvLayer):
     """As `HRAConv2d`, over an `nn.Conv3d`; `hra_u` is (in_channels kd kh kw, r)."""
 
 
