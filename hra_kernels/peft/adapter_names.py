@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from peft.tuners.hra.layer import HRALayer
@@ -21,15 +20,6 @@ from hra_kernels.factors import stack_factors
 from hra_kernels.ops import attach_factor, in_factor_dtype
 
 BASE = "__base__"
-
-
-class MixedBatch(NamedTuple):
-    """Arguments of `mixed_batch.reflect_mixed` after x."""
-
-    v: Tensor
-    t: Tensor
-    chains: Tensor
-    samples: Tensor | None
 
 
 class MixedFactors:
@@ -46,8 +36,8 @@ class MixedFactors:
 
     def get(
         self, names: list[str], us: list[Tensor], flags: list[bool], adapter_names: Sequence[str], x: Tensor
-    ) -> MixedBatch:
-        """For a batch x whose samples have the adapters `adapter_names`.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(v, t, chains, samples) of `mixed_batch.reflect_mixed` for a batch x whose samples have `adapter_names`.
 
         Args:
             names: those of them that are on the layer, one at least, each once.
@@ -57,7 +47,7 @@ class MixedFactors:
         us = in_factor_dtype(us, x.dtype)
         caches = [self._caches.setdefault(name, FactorCache()) for name in names]
         factors = [cache.get([u], [gs], x.dtype) for cache, u, gs in zip(caches, us, flags, strict=True)]
-        return MixedBatch(*self._stacked(us, flags, factors), *self._place(names, adapter_names, x.device))
+        return *self._stacked(us, flags, factors), *self._place(names, adapter_names, x.device)
 
     def _stacked(self, us: list[Tensor], flags: list[bool], factors: list) -> tuple[Tensor, Tensor]:
         if None in factors or (torch.is_grad_enabled() and any(u.requires_grad for u in us)):

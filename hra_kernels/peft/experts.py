@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hra_kernels.factors import stack_factors
 from hra_kernels.functional import hra_weight
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import attach_factor, in_factor_dtype
-from hra_kernels.peft.base_weight import ParameterWeight, is_offloaded, is_plain
+from hra_kernels.peft.base_weight import ParameterWeight, is_plain
 from hra_kernels.peft.layer import ReflectionLayer
 
 
@@ -107,21 +106,15 @@ class ParamWrapper(ReflectionLayer):
         return x
 
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
-        if is_offloaded(self.get_base_layer()):  # its hook would load the plain weight over ours
-            raise NotImplementedError(
-                f"HRA: {self.describe()} is offloaded, which is not supported for target_parameters; keep it loaded, "
-                "or merge the adapter first"
-            )
-        parameter = self.base_parameter()
-        rows = self._rows(parameter)
-        if rows.dim() == 2:
-            adapted = hra_weight(rows, us, apply_gs=apply_gs)
-        else:
+        def adapt(parameter: Tensor) -> Tensor:
+            if parameter.dim() == 2:
+                return hra_weight(parameter, us, apply_gs=apply_gs)
+            rows = self._rows(parameter)
             chains = zip(*(u.unbind(0) for u in in_factor_dtype(us, rows.dtype)), strict=True)
             v, t = stack_factors([attach_factor(chain, apply_gs) for chain in chains])
-            adapted = reflect_mixed(rows, v, t, torch.arange(len(rows), device=rows.device))
-        path = next(name for name, one in self.base_layer.named_parameters() if one is parameter)
-        return functional_call(self.base_layer, {path: self._rows(adapted)}, (x, *args), kwargs)
+            return self._rows(reflect_mixed(rows, v, t, torch.arange(len(rows), device=rows.device)))
+
+        return self._call_with(adapt, x, *args, **kwargs)
 
     # --- merging
 

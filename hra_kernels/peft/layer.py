@@ -14,11 +14,12 @@ import torch
 from peft.tuners.hra.layer import HRALayer
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.ops import reflect_chain
 from hra_kernels.peft import base_weight, merge
-from hra_kernels.peft.adapter_names import MixedBatch, MixedFactors, check_mixed_batch
+from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.sharded import is_sharded, whole_vectors
 
 
@@ -199,8 +200,19 @@ class ReflectionLayer(nn.Module, HRALayer):
         """The base layer with the chains along `us` in its weight; what a subclass is there for."""
         raise NotImplementedError
 
-    def _mixed_batch(self, adapter_names: list[str], x: Tensor) -> MixedBatch:
-        """What `reflect_mixed` needs for an x whose samples have these adapters."""
+    def _call_with(self, adapt: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer of x with `adapt` of its own parameter in that one's place."""
+        if base_weight.is_offloaded(self.get_base_layer()):  # its hook would load the plain weight over ours
+            raise NotImplementedError(
+                f"HRA: {self.describe()} runs its own forward with the adapted weight and is offloaded, which together "
+                "is not supported; keep it loaded, or merge the adapter first"
+            )
+        parameter = self.base_parameter()
+        name = next(name for name, one in self.base_layer.named_parameters() if one is parameter)
+        return functional_call(self.base_layer, {name: adapt(parameter)}, (x, *args), kwargs)
+
+    def _mixed_batch(self, adapter_names: list[str], x: Tensor) -> tuple:
+        """What `reflect_mixed` needs after an x whose samples have these adapters."""
         if self._mixed_factors is None:
             self._mixed_factors = MixedFactors()
         names = self._adapters_to_apply(adapter_names)

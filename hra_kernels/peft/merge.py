@@ -129,7 +129,6 @@ def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
     """{id of a parameter: the names of the modules that hold it}, where there are several."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(name)
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append(name)
     return {key: names for key, names in holders.items() if len(names) > 1}
