@@ -38,7 +38,7 @@ from hra_kernels.peft.config import HRAConfig  # noqa: E402
 from hra_kernels.peft.conv import HRAConv1d, HRAConv2d, HRAConv3d  # noqa: E402
 from hra_kernels.peft.embedding import HRAEmbedding  # noqa: E402
 from hra_kernels.peft.export import exact_conversion, export_lora  # noqa: E402
-from hra_kernels.peft.layer import HRALinear  # noqa: E402
+from hra_kernels.peft.linear import HRALinear  # noqa: E402
 from hra_kernels.peft.model import HRAModel  # noqa: E402
 
 try:

@@ -9,9 +9,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from peft.tuners.hra.layer import HRALayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -19,19 +19,7 @@ from hra_kernels.factor_cache import FactorCache
 from hra_kernels.factors import stack_factors
 from hra_kernels.ops import attach_factor, in_factor_dtype
 
-if TYPE_CHECKING:
-    from hra_kernels.peft.layer import ReflectionLayer
-
 BASE = "__base__"
-
-
-class MixedBatch(NamedTuple):
-    """Arguments of `mixed_batch.reflect_mixed` after x."""
-
-    v: Tensor
-    t: Tensor
-    chains: Tensor
-    samples: Tensor | None
 
 
 class MixedFactors:
@@ -46,14 +34,20 @@ class MixedFactors:
         self._stack: tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]] | None = None
         self._places: tuple[tuple, tuple[Tensor, Tensor | None]] | None = None
 
-    def get(self, layer: "ReflectionLayer", adapter_names: Sequence[str], x: Tensor) -> MixedBatch:
-        """For a batch x whose samples have these adapters; one of them at least is on the layer."""
-        names = [name for name in layer.hra_u if name in adapter_names]
-        us = in_factor_dtype([layer.hra_u[name] for name in names], x.dtype)
-        flags = [layer.hra_apply_GS[name] for name in names]
+    def get(
+        self, names: list[str], us: list[Tensor], flags: list[bool], adapter_names: Sequence[str], x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(v, t, chains, samples) of `mixed_batch.reflect_mixed` for a batch x whose samples have `adapter_names`.
+
+        Args:
+            names: those of them that are on the layer, one at least, each once.
+            us: their vectors (D, r).
+            flags: their `apply_GS`.
+        """
+        us = in_factor_dtype(us, x.dtype)
         caches = [self._caches.setdefault(name, FactorCache()) for name in names]
         factors = [cache.get([u], [gs], x.dtype) for cache, u, gs in zip(caches, us, flags, strict=True)]
-        return MixedBatch(*self._stacked(us, flags, factors), *self._place(names, adapter_names, x.device))
+        return *self._stacked(us, flags, factors), *self._place(names, adapter_names, x.device)
 
     def _stacked(self, us: list[Tensor], flags: list[bool], factors: list) -> tuple[Tensor, Tensor]:
         if None in factors or (torch.is_grad_enabled() and any(u.requires_grad for u in us)):
@@ -88,7 +82,7 @@ class MixedFactors:
         return MixedFactors, ()
 
 
-def check_mixed_batch(layer: "ReflectionLayer", x: Tensor, adapter_names: Sequence[str]) -> None:
+def check_mixed_batch(layer: HRALayer, x: Tensor, adapter_names: Sequence[str]) -> None:
     """Raise ValueError where the names do not fit this layer's batch, or the layer is merged; as PEFT's LoRA does."""
     if len(x) != len(adapter_names):
         raise ValueError(
@@ -108,7 +102,7 @@ def _hand_over(module: nn.Module, args: tuple, kwargs: dict, adapter_names: list
 
 @contextmanager
 def accept_adapter_names(
-    model: nn.Module, tuner_layers: Sequence["ReflectionLayer"], adapter_names: Sequence[str], num_beams: int | None
+    model: nn.Module, tuner_layers: Sequence[HRALayer], adapter_names: Sequence[str], num_beams: int | None
 ) -> Iterator[None]:
     """While this lasts, the model's adapted layers (and PEFT's `modules_to_save`) are called with these names.
 

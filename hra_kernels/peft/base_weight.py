@@ -2,14 +2,19 @@
 
 PlainWeight       nn.Linear, convolutions, nn.Embedding; transformers' Conv1D, whose weight is transposed
 ShardedWeight     the same as DTensors, under FSDP2 or tensor parallelism
-QuantisedWeight   what PEFT's quantization backends can dequantize and requantize: bitsandbytes, HQQ, torchao
+QuantizedWeight   what PEFT's quantization backends can dequantize and requantize: bitsandbytes, HQQ, torchao
+ParameterWeight   a parameter of any module, such as the fused experts of a mixture: (N, D), or one (N, D) per expert
+
+And where a weight is between two forwards: accelerate keeps it elsewhere (`cpu_offload`, `disk_offload`, `device_map`).
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from peft.tuners.hra.layer import HRALayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,13 +26,28 @@ try:
 except ImportError:  # PEFT 0.19
     QuantizationBackend = resolve_quantization_backend = None
 
-if TYPE_CHECKING:
-    from hra_kernels.peft.layer import ReflectionLayer
-
 MERGEABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 2**22
 """Elements in a block of rows: 16 MiB of float32."""
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate loads this module's own parameters around its forward, and only then."""
+    return getattr(getattr(module, "_hf_hook", None), "offload", False)
+
+
+@contextmanager
+def loaded(module: nn.Module) -> Iterator[None]:
+    """The module's own parameters in memory; they go back afterwards. For use of parameters outside a forward."""
+    if not is_offloaded(module):
+        yield
+        return
+    module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        module._hf_hook.post_forward(module, torch.empty(0))
 
 
 def _no_torchao_configuration() -> None:
@@ -67,21 +87,16 @@ def torchao_configuration(model: nn.Module) -> Callable[[], Any] | None:
     return get_quantization_kwargs(model).get("get_apply_tensor_subclass")
 
 
-def _torchao_configuration_of(layer: "ReflectionLayer") -> Callable[[], Any] | None:
-    return getattr(layer, "torchao_configuration", None)
-
-
-def why_not_mergeable(layer: "ReflectionLayer") -> str | None:
-    """Why the layer's base weight cannot be merged into, or None where it can."""
-    base = layer.get_base_layer()
-    backend = quantization_of(base, _torchao_configuration_of(layer))
+def why_not_mergeable(base: nn.Module, requantize: Callable[[], Any] | None = None) -> str | None:
+    """Why a base layer's weight cannot be merged into, or None where it can; `requantize` as in `quantization_of`."""
+    backend = quantization_of(base, requantize)
     weight = getattr(base, "weight", None)
     if getattr(weight, "is_meta", False):
         return "its base weight is not loaded (meta device)"
     if backend is not None:
         if not backend.supports_merge:
             return f"its base layer is quantized with {backend.backend_name}, whose weights PEFT cannot write"
-        if is_torchao(base) and _torchao_configuration_of(layer) is None:
+        if is_torchao(base) and requantize is None:
             return (
                 "its torchao weight can be quantized again only with the model's own configuration: load the model "
                 "through transformers with quantization_config=TorchAoConfig(...)"
@@ -91,40 +106,51 @@ def why_not_mergeable(layer: "ReflectionLayer") -> str | None:
         return None if weight.dtype in MERGEABLE else f"its base weight is a DTensor of {weight.dtype}"
     if not isinstance(weight, Tensor):
         return f"its base layer is a {type(base).__name__} without a weight tensor (quantized?)"
-    if not _is_plain(weight):
+    if not is_plain(weight):
         return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantized?)"
     return None
 
 
-def _is_plain(weight: Any) -> bool:
-    # a quantized weight is another kind of tensor, or one of integers
+def is_plain(weight: Any) -> bool:
+    """Whether this is a floating-point tensor; a quantized weight is another kind of tensor, or one of integers."""
     return isinstance(weight, Tensor) and type(weight.detach()) is Tensor and weight.dtype in MERGEABLE
 
 
-def readable_weight(layer: "ReflectionLayer") -> "PlainWeight | ShardedWeight | QuantisedWeight | None":
-    """The layer's base weight, or None where it cannot be had as floating-point rows."""
+def readable_weight(layer: HRALayer, where: str, requantize: Callable[[], Any] | None = None) -> "Weight | None":
+    """The weight of a layer's base layer, or None where it cannot be had as floating-point rows.
+
+    Args:
+        layer: PEFT puts another base layer into it where a format wants that (HQQ).
+        where: what errors call the layer.
+        requantize: as in `quantization_of`.
+    """
     base = layer.get_base_layer()
-    backend = quantization_of(base, _torchao_configuration_of(layer))
+    backend = quantization_of(base, requantize)
     if backend is not None:
-        return QuantisedWeight(layer, backend) if backend.supports_merge else None
+        return QuantizedWeight(layer, backend, where) if backend.supports_merge else None
+    weight = getattr(base, "weight", None)
     if is_sharded(base):
-        return ShardedWeight(base)
-    return PlainWeight(base) if _is_plain(getattr(base, "weight", None)) else None
+        return ShardedWeight(weight, isinstance(base, Conv1D), where)
+    return PlainWeight(weight, isinstance(base, Conv1D), where) if is_plain(weight) else None
 
 
-def whole_vectors(layer: "ReflectionLayer", names: Sequence[str]) -> list[Tensor]:
-    """`hra_u` of these adapters, gathered from all ranks where FSDP2 has sharded it."""
-    us = [layer.hra_u[name] for name in names]
-    return [u.full_tensor() if hasattr(u, "device_mesh") else u for u in us]
+class Weight:
+    """What the kinds of weights share: `dtype` and `device` of the rows, and `where`, what errors call the layer."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, where: str) -> None:
+        self.dtype, self.device, self.where = dtype, device, where
+
+    def parts(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Views of the rows (N, ...), or of vectors (D, r), that belong to one chain each."""
+        return [tensor]
 
 
-class PlainWeight:
-    """A floating-point `weight`: (N, ...), or (D, N) in transformers' Conv1D."""
+class PlainWeight(Weight):
+    """A floating-point parameter: (N, ...), or `transposed`, as in transformers' Conv1D (D, N)."""
 
-    def __init__(self, base: nn.Module) -> None:
-        self._weight = base.weight
-        self._transposed = isinstance(base, Conv1D)
-        self.dtype, self.device = base.weight.dtype, base.weight.device
+    def __init__(self, parameter: Tensor, transposed: bool, where: str) -> None:
+        super().__init__(parameter.dtype, parameter.device, where)
+        self._weight, self._transposed = parameter, transposed
 
     def read(self) -> Tensor:
         """(N, ...), no copy."""
@@ -177,13 +203,21 @@ class ShardedWeight(PlainWeight):
         return fingerprint(self.read())
 
 
-class QuantisedWeight:
+class ParameterWeight(PlainWeight):
+    """A parameter (N, D), or (E, N, D) with a chain for each expert; stored as (E, D, N) where `transposed`."""
+
+    def parts(self, tensor: Tensor) -> Sequence[Tensor]:
+        """Views of the rows (N, D), or of the vectors (D, r), of each expert."""
+        return tensor.unbind(0) if tensor.dim() == 3 else [tensor]
+
+
+class QuantizedWeight(Weight):
     """The weight of a quantized linear layer. Whoever changes it by other means while merged is not noticed."""
 
-    def __init__(self, layer: "ReflectionLayer", backend: "QuantizationBackend") -> None:
-        self._layer, self._backend = layer, backend
+    def __init__(self, layer: HRALayer, backend: "QuantizationBackend", where: str) -> None:
         base = layer.get_base_layer()
-        self.dtype, self.device = torch.float32, (base.W_q if hasattr(base, "W_q") else base.weight).device
+        super().__init__(torch.float32, (base.W_q if hasattr(base, "W_q") else base.weight).device, where)
+        self._layer, self._backend = layer, backend
 
     def read(self) -> Tensor:
         """(N, D), dequantized, in the dtype that the format dequantizes to.
@@ -200,7 +234,7 @@ class QuantisedWeight:
         except Exception as error:
             raise NotImplementedError(
                 f"HRA: PEFT's {self._backend.backend_name} backend could not dequantize the weight of "
-                f"{self._layer.describe()} (not quantized yet?): {error}"
+                f"{self.where} (not quantized yet?): {error}"
             ) from error
 
     def write(self, rows: Tensor) -> None:
@@ -216,7 +250,7 @@ class QuantisedWeight:
             written.bias = base.bias
             written.train(base.training)
         if not self.read().isfinite().all():
-            raise ValueError(f"the weight of {self._layer.describe()} must be finite after quantization, it is not")
+            raise ValueError(f"the weight of {self.where} must be finite after quantization, it is not")
 
     def keep(self) -> dict[str, Any]:
         """What `restore` takes to bring the present bits back; no copy."""

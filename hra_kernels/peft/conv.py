@@ -7,21 +7,20 @@ with a forward of its own (one that pads first, say), or with hooks, runs that f
 """
 
 import math
+from functools import partial
 from typing import Any
 
 from peft.tuners.hra.layer import HRAConv2d as PeftHRAConv2d
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from hra_kernels.functional import conv_correction, hra_weight
 from hra_kernels.mixed_batch import conv_correction_mixed
 from hra_kernels.ops import attach_factor, in_factor_dtype
+from hra_kernels.peft.base_weight import loaded
 from hra_kernels.peft.layer import ReflectionLayer
-from hra_kernels.peft.offload import is_offloaded, loaded
-from hra_kernels.peft.own_setup import OwnSetup
 
 
-class ConvLayer(ReflectionLayer, OwnSetup):
+class ConvLayer(ReflectionLayer):
     """What `HRAConv1d`, `HRAConv2d` and `HRAConv3d` share."""
 
     def _vector_shape(self) -> tuple[int, ...]:
@@ -45,14 +44,8 @@ class ConvLayer(ReflectionLayer, OwnSetup):
         base = self.get_base_layer()
         factor = self._factors.get(us, apply_gs, x.dtype)
         if runs_own_code(base):
-            if is_offloaded(base):  # its hook would load the plain weight over ours
-                raise NotImplementedError(
-                    f"HRA: {self.describe()} has a forward of its own and is offloaded, which together is not "
-                    "supported; keep it loaded, or merge the adapter first"
-                )
-            weight = hra_weight(base.weight, us, apply_gs=apply_gs, factor=factor)
-            name = next(name for name, parameter in self.base_layer.named_parameters() if parameter is base.weight)
-            return functional_call(self.base_layer, {name: weight}, (x, *args), kwargs)
+            adapt = partial(hra_weight, us=us, apply_gs=apply_gs, factor=factor)
+            return self._call_with(adapt, x, *args, **kwargs)
         us = in_factor_dtype(us, x.dtype)
         with loaded(base):
             correction = conv_correction(x, base.weight, attach_factor(us, apply_gs, factor), *_geometry(base))
@@ -76,7 +69,7 @@ def _geometry(base: nn.Module) -> tuple:
     return base.stride, base.padding, base.dilation, base.padding_mode
 
 
-class HRAConv1d(ConvLayer, nn.Module):
+class HRAConv1d(ConvLayer):
     """As `HRAConv2d`, over an `nn.Conv1d`; `hra_u` is (in_channels k, r)."""
 
 
@@ -88,7 +81,7 @@ class HRAConv2d(ConvLayer, PeftHRAConv2d):
     """
 
 
-class HRAConv3d(ConvLayer, nn.Module):
+class HRAConv3d(ConvLayer):
     """As `HRAConv2d`, over an `nn.Conv3d`; `hra_u` is (in_channels kd kh kw, r)."""
 
 

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import reflect_chain
 from hra_kernels.peft.layer import ReflectionLayer
-from hra_kernels.peft.own_setup import OwnSetup
 
 
-class HRAEmbedding(ReflectionLayer, OwnSetup, nn.Module):
+class HRAEmbedding(ReflectionLayer):
     """PEFT's HRA layer over an `nn.Embedding` or a subclass of it; `hra_u` is (embedding_dim, r).
 
     The whole table is adapted, W Q, the row of `padding_idx` included (where it is zero it stays zero). What is

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hra_kernels.ops import chain_factor
-from hra_kernels.peft.base_weight import readable_weight, whole_vectors
 from hra_kernels.peft.conv import ConvLayer, runs_own_code
 from hra_kernels.peft.embedding import HRAEmbedding
 from hra_kernels.peft.experts import ParamWrapper
-from hra_kernels.peft.kinds import HRALinearLike
-from hra_kernels.peft.layer import HRALinear, ReflectionLayer
+from hra_kernels.peft.layer import ReflectionLayer
+from hra_kernels.peft.linear import HRALinear
+from hra_kernels.peft.sharded import whole_vectors
 
 _PREFIX = "base_model.model."
 _KEYS = "lora_A.weight", "lora_B.weight"
@@ -57,15 +57,16 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
         )
     if layer.merged:
         raise ValueError(f"{layer.describe()} is merged; call unmerge_adapter() before exporting")
-    us = whole_vectors(layer, names)
+    us, apply_gs = layer.chain(names)
+    us = whole_vectors(us)
     for name, u in zip(names, us, strict=True):
         if not u.isfinite().all():
             raise ValueError(f"{layer.describe()}: hra_u of adapter {name!r} must be finite, it holds NaN or infinity")
     _require_same_forward(layer)
-    weight = readable_weight(layer)
+    weight = layer.readable_weight()
     dtype = torch.float32 if weight is None else weight.dtype
-    v, t = chain_factor(us, [layer.hra_apply_GS[name] for name in names], dtype)
-    base, is_linear = layer.get_base_layer(), isinstance(layer, HRALinear | HRALinearLike)
+    v, t = chain_factor(us, apply_gs, dtype)
+    base, is_linear = layer.get_base_layer(), isinstance(layer, HRALinear)
     if weight is not None:
         product = weight.read().flatten(1).to(v.device, v.dtype) @ v.mT
     elif is_linear:
@@ -202,7 +203,7 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
 
 def _only_transposed(layers: Iterable[ReflectionLayer]) -> bool:
     """What PEFT's LoRA would set itself, with a warning, where it meets transformers' Conv1D."""
-    linear = [layer.get_base_layer() for layer in layers if isinstance(layer, HRALinear | HRALinearLike)]
+    linear = [layer.get_base_layer() for layer in layers if isinstance(layer, HRALinear)]
     return bool(linear) and all(isinstance(base, Conv1D) for base in linear)
 
 

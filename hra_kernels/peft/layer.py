@@ -1,41 +1,84 @@
-"""PEFT's HRA layer on the compiled kernels.
+"""PEFT's HRA layer on the compiled kernels: what the layers over all kinds of base layers share.
 
-    y = base_layer(x Qᵀ),  Q = Q_1 Q_2 ... of the active adapters, applied in one pass over x
+    W Q in place of the base layer's weight W,  Q = Q_1 Q_2 ... of the active adapters, applied in one pass
 
 The base layer is always run through its own forward, so its hooks, its quantization and its offloading are its own
 business. Saved for backward: x, x vᵀ (M, R) and the factor; the factor is computed once per value of the adapters.
 """
 
 import warnings
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.hra.layer import HRALayer
-from peft.tuners.hra.layer import HRALinear as PeftHRALinear
+from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hra_kernels.factor_cache import FactorCache
-from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import reflect_chain
-from hra_kernels.peft import merge, sharded
-from hra_kernels.peft.adapter_names import MixedBatch, MixedFactors, check_mixed_batch
-from hra_kernels.peft.offload import loaded
-
-_CASTABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from hra_kernels.peft import base_weight, merge
+from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
+from hra_kernels.peft.sharded import is_sharded, whole_vectors
 
 
 class ReflectionLayer(nn.Module, HRALayer):
-    """What the layers of this package share. A subclass supplies `_adapted_forward`, and `_mixed_forward` if it can.
+    """A subclass supplies `_vector_shape`, `_adapted_forward`, and `_mixed_forward` if it can.
 
-    An nn.Module first, as PEFT's layers are: FSDP2 gives a layer that it wraps another class of the same layout.
+    An nn.Module first, as PEFT's layers are: FSDP2 gives a layer that it wraps another class of the same layout. Where
+    a subclass is one of PEFT's layers too, it is listed behind: all that those do is done here, for any base layer.
     """
 
     name_in_model: str = ""
     """Where the layer sits in its model, for error messages."""
 
-    _merged: "merge.Merged | None" = None
+    torchao_configuration: Callable[[], Any] | None = None
+    """How the model was quantized, where torchao did it and transformers loaded it; needed to merge."""
+
+    _merged: merge.Merged | None = None
     _mixed_factors: MixedFactors | None = None
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any = None, r: int = 0, **fields: Any) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.hra_r: dict[str, int] = {}
+        self.hra_apply_GS: dict[str, bool] = {}
+        self.hra_u = nn.ParameterDict({})
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self.kwargs: dict[str, Any] = {}
+        self.in_features, self.out_features = self._sizes()
+        self._factors = FactorCache()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, config, **fields)
+
+    def update_layer(self, adapter_name: str, r: int, config: Any = None, **fields: Any) -> None:
+        """Add an adapter. PEFT 0.20 and newer hand over the whole config, 0.19 its fields."""
+        settings = fields if config is None else vars(config)
+        if r <= 0:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        self.hra_r[adapter_name] = r
+        self.hra_apply_GS[adapter_name] = settings.get("apply_GS", False)
+        self.hra_u[adapter_name] = nn.Parameter(torch.empty(*self._vector_shape(), r))
+        if settings.get("init_weights", True):
+            self.reset_hra_parameters(adapter_name)
+        else:
+            self.reset_hra_parameters_random(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=settings.get("inference_mode", False))
+
+    def _sizes(self) -> tuple[int, int]:
+        """in_features and out_features, as PEFT names them."""
+        return _get_in_out_features(self.get_base_layer())
+
+    def _vector_shape(self) -> tuple[int, ...]:
+        """The shape of `hra_u` without its last dimension, r."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return "hra." + nn.Module.__repr__(self)
 
     def describe(self) -> str:
         """The layer's name in its model where known, and its kind."""
@@ -44,6 +87,18 @@ class ReflectionLayer(nn.Module, HRALayer):
         return f"layer {self.name_in_model!r} ({kind})" if self.name_in_model else kind
 
     # --- parameters
+
+    def base_parameter(self) -> Tensor | None:
+        """The parameter that the reflections act on, as the base layer has it now; None where it has none."""
+        return getattr(self.get_base_layer(), "weight", None)
+
+    def chain(self, names: Sequence[str]) -> tuple[list[Tensor], list[bool]]:
+        """Of these adapters, in order: their vectors, and whether the chain is that of their Gram-Schmidt basis."""
+        return [self.hra_u[name] for name in names], [self.hra_apply_GS[name] for name in names]
+
+    def chain_to_refill(self) -> tuple[FactorCache, list[Tensor], list[bool]] | None:
+        """What the next forward will ask of its cache (`factor_cache.refill`); None where that is not known ahead."""
+        return None if base_weight.is_offloaded(self.hra_u) else (self._factors, *self.chain(self._adapters_to_apply()))
 
     def reset_hra_parameters(self, adapter_name: str) -> None:
         """PEFT's default initialization: pairs of equal columns, so that the layer starts as the base layer.
@@ -119,7 +174,7 @@ class ReflectionLayer(nn.Module, HRALayer):
         names = self._adapters_to_apply(adapter_names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        with loaded(self.hra_u):
+        with base_weight.loaded(self.hra_u):
             return self._cast_forward(x, names, adapter_names, *args, **kwargs)
 
     def _cast_forward(
@@ -130,30 +185,41 @@ class ReflectionLayer(nn.Module, HRALayer):
         if adapter_names is not None:
             result = self._mixed_forward(x, adapter_names, *args, **kwargs)
         else:
-            us, apply_gs = [self.hra_u[name] for name in names], [self.hra_apply_GS[name] for name in names]
-            result = self._adapted_forward(x, us, apply_gs, *args, **kwargs)
+            result = self._adapted_forward(x, *self.chain(names), *args, **kwargs)
         return result if x.dtype == given or torch.is_autocast_enabled(x.device.type) else result.to(given)
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             return x if x.dtype == torch.float64 else self._cast_input_dtype(x, torch.get_autocast_dtype(kind))
-        weight = getattr(self.get_base_layer(), "weight", None)
+        dtype = getattr(self.base_parameter(), "dtype", None)
         # a quantized weight's dtype says nothing about the inputs it wants
-        return self._cast_input_dtype(x, weight.dtype) if getattr(weight, "dtype", None) in _CASTABLE else x
+        return self._cast_input_dtype(x, dtype) if dtype in base_weight.MERGEABLE else x
 
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer with the chains along `us` in its weight; what a subclass is there for."""
         raise NotImplementedError
 
-    def _mixed_batch(self, adapter_names: list[str], x: Tensor) -> MixedBatch:
-        """What `reflect_mixed` needs for an x whose samples have these adapters."""
+    def _call_with(self, adapt: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer of x with `adapt` of its own parameter in that one's place."""
+        if base_weight.is_offloaded(self.get_base_layer()):  # its hook would load the plain weight over ours
+            raise NotImplementedError(
+                f"HRA: {self.describe()} runs its own forward with the adapted weight and is offloaded, which together "
+                "is not supported; keep it loaded, or merge the adapter first"
+            )
+        parameter = self.base_parameter()
+        name = next(name for name, one in self.base_layer.named_parameters() if one is parameter)
+        return functional_call(self.base_layer, {name: adapt(parameter)}, (x, *args), kwargs)
+
+    def _mixed_batch(self, adapter_names: list[str], x: Tensor) -> tuple:
+        """What `reflect_mixed` needs after an x whose samples have these adapters."""
         if self._mixed_factors is None:
             self._mixed_factors = MixedFactors()
-        return self._mixed_factors.get(self, adapter_names, x)
+        names = self._adapters_to_apply(adapter_names)
+        return self._mixed_factors.get(names, *self.chain(names), adapter_names, x)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        why = ", whose weight is sharded" if sharded.is_sharded(self.get_base_layer()) else ""
+        why = ", whose weight is sharded" if is_sharded(self.get_base_layer()) else ""
         raise NotImplementedError(
             f"HRA: adapter_names (a batch that mixes adapters) is not supported by {self.describe()}{why}; exclude "
             "it (exclude_modules), or choose adapters with set_adapter() and run one forward for each"
@@ -174,35 +240,58 @@ class ReflectionLayer(nn.Module, HRALayer):
             ValueError: `hra_u` or the merged weight is not finite; the weight is left as it was.
             NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
         """
-        merge.merge(self, adapter_names)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hra_u]
+        if names:
+            self.require_mergeable(names)
+            self._merged = merge.merge(self.readable_weight(), names, *self.chain(names), self._merged)
+            self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Take all merged adapters out again: the original weight, bit for bit.
 
         Where the base weight was changed while merged, the reflections of the merge are undone on the changed weight.
         """
-        merge.unmerge(self)
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self._merged is not None:
+            merge.unmerge(self.readable_weight(), self._merged)
+        self._merged = None
+        self.merged_adapters.clear()
 
+    def readable_weight(self) -> base_weight.Weight | None:
+        """The base weight as floating-point rows, to be read and written; None where it cannot be had as such."""
+        return base_weight.readable_weight(self, self.describe(), self.torchao_configuration)
 
-class HRALinear(ReflectionLayer, PeftHRALinear):
-    """PEFT's HRA layer over an `nn.Linear` or a subclass of it, quantized ones included.
+    def why_not_mergeable(self) -> str | None:
+        """Why the base weight cannot be merged into, or None where it can."""
+        return base_weight.why_not_mergeable(self.get_base_layer(), self.torchao_configuration)
 
-    Arguments, attributes and parameters are those of `peft.tuners.hra.layer.HRALinear`.
-    """
+    def is_loaded_to_merge(self) -> bool:
+        """Whether PEFT loads the base weight around a merge: before that, nothing can be said about it."""
+        return base_weight.is_offloaded(self.get_base_layer())
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._factors = FactorCache()
+    def require_mergeable(self, names: Sequence[str], safe_merge: bool = False) -> None:
+        """Raise where merging these adapters could not work; nothing is changed.
 
-    def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
-        if sharded.is_sharded(self.get_base_layer()):
-            reflect = partial(sharded.reflect, layer=self, us=us, apply_gs=apply_gs)
-            return sharded.call_base(self, reflect, x, *args, **kwargs)
-        factor = self._factors.get(us, apply_gs, x.dtype)
-        return self.base_layer(reflect_chain(x, us, apply_gs, factor, transpose=True), *args, **kwargs)
+        Args:
+            names: adapters of this layer.
+            safe_merge: compute the merged weight too, and drop it.
 
-    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if sharded.is_sharded(self.get_base_layer()):
-            return ReflectionLayer._mixed_forward(self, x, adapter_names)
-        batch = self._mixed_batch(adapter_names, x)
-        return self.base_layer(reflect_mixed(x, *batch, transpose=True), *args, **kwargs)
+        Raises:
+            ValueError: an `hra_u`, or the merged weight, is not finite.
+            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
+        """
+        reason = self.why_not_mergeable()
+        if reason:
+            raise NotImplementedError(
+                f"HRA cannot merge into {self.describe()}: {reason}. Supported are plain float32, float64, bfloat16 "
+                "and float16 weights and, with PEFT 0.20 or newer, bitsandbytes, HQQ and torchao layers; run the "
+                "adapter unmerged, or merge it into an unquantized copy of the model."
+            )
+        us, apply_gs = self.chain(names)
+        for name, u in zip(names, whole_vectors(us), strict=True):
+            if not u.isfinite().all():
+                raise merge.broken([name], "its hra_u holds NaN or infinity", self.describe())
+        if safe_merge:
+            merge.require_finite_result(self.readable_weight(), names, us, apply_gs)

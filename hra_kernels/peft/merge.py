@@ -1,4 +1,4 @@
-"""Merging reflections into a base weight and taking them out again.
+"""Merging reflections into a weight and taking them out again.
 
     merge     W <- W Q_1 Q_2 ...      in float32 (float64 for a float64 weight) by blocks of rows, rounded once
     unmerge   W <- the tensor that was there before; W Qᵀ where the weight has been changed since
@@ -7,161 +7,128 @@ A quantized weight is dequantized, merged and quantized again. Extra memory: the
 merged, and one block of rows; for a quantized weight also two floating-point copies for a moment. Nothing is (D, D).
 """
 
-import warnings
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from hra_kernels.factors import factor_dtype, join_factors
 from hra_kernels.ops import chain_factor, reflect
-from hra_kernels.peft.base_weight import (
-    PlainWeight,
-    QuantisedWeight,
-    ShardedWeight,
-    readable_weight,
-    row_blocks,
-    whole_vectors,
-    why_not_mergeable,
-)
+from hra_kernels.peft.base_weight import ShardedWeight, Weight, row_blocks
+from hra_kernels.peft.sharded import whole_vectors
 
-if TYPE_CHECKING:
-    from hra_kernels.peft.layer import ReflectionLayer
-
-Factor = tuple[Tensor, Tensor]
-Weight = PlainWeight | ShardedWeight | QuantisedWeight
-
-_NOT_FINITE = "the base weight is not finite, or the result is out of its dtype's range"
+Factors = list[tuple[Tensor, Tensor]]
+"""Of one merge: a factor for each of `Weight.parts`."""
 
 
 @dataclass
 class Merged:
-    """What `unmerge` needs: the factors in the order of merging, the weight before, and what the merged weight was."""
+    """What `unmerge` needs: the weight before, what the merged weight was, and the factors in the order of merging."""
 
     original: Any | None
     fingerprint: tuple
-    factors: list[Factor] = field(default_factory=list)
-    sharded: bool = False
+    merges: list[Factors]
+    sharded: bool
 
 
-def require_mergeable(layer: "ReflectionLayer", names: list[str]) -> None:
-    """Raise where merging these adapters into this layer could not work; nothing is changed.
-
-    Raises:
-        ValueError: an `hra_u` is not finite.
-        NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
-    """
-    reason = why_not_mergeable(layer)
-    if reason:
-        raise NotImplementedError(
-            f"HRA cannot merge into {layer.describe()}: {reason}. Supported are plain float32, float64, bfloat16 and "
-            "float16 weights and, with PEFT 0.20 or newer, bitsandbytes, HQQ and torchao layers; run the adapter "
-            "unmerged, or merge it into an unquantized copy of the model."
-        )
-    for name, u in zip(names, whole_vectors(layer, names), strict=True):
-        if not u.isfinite().all():
-            raise ValueError(_broken(layer, name, "its hra_u holds NaN or infinity"))
-
-
-def _broken(layer: "ReflectionLayer", name: str, why: str) -> str:
-    return (
-        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: {why}. "
-        f"The weight of {layer.describe()} is unchanged."
+def broken(names: Sequence[str], why: str, where: str) -> ValueError:
+    """The error for adapters that would not give a finite weight; PEFT's own begins with the same words."""
+    return ValueError(
+        f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: {why}. "
+        f"The weight of {where} is unchanged."
     )
 
 
 @torch.no_grad()
-def require_finite_result(layer: "ReflectionLayer", names: list[str]) -> None:
-    """Raise ValueError where merging these adapters would not give a finite weight. Computes it, and keeps nothing."""
-    weight = readable_weight(layer)
-    factor, rows = _factor(layer, names, weight), weight.read()
-    if not all(_reflected(rows[block], factor, inverse=False).isfinite().all() for block in row_blocks(rows)):
-        raise ValueError(_broken(layer, ", ".join(names), _NOT_FINITE))
+def require_finite_result(weight: Weight, names: Sequence[str], us: Sequence[Tensor], apply_gs: Sequence[bool]) -> None:
+    """Raise ValueError where `merge` would not give a finite weight. Computes it, and keeps nothing."""
+    _merged_rows(weight, names, [_factors(weight, us, apply_gs)])
 
 
 @torch.no_grad()
-def merge(layer: "ReflectionLayer", adapter_names: list[str] | None) -> None:
-    """See `ReflectionLayer.merge`."""
-    names = [name for name in check_adapters_to_merge(layer, adapter_names) if name in layer.hra_u]
-    if not names:
-        return
-    require_mergeable(layer, names)
-    weight = readable_weight(layer)
-    factor = _factor(layer, names, weight)
-    before, current = layer._merged, weight.keep()
-    original, factors = current, [factor]
+def merge(
+    weight: Weight, names: Sequence[str], us: Sequence[Tensor], apply_gs: Sequence[bool], before: Merged | None
+) -> Merged:
+    """Merge chains into a weight.
+
+    Args:
+        weight: changed in place; as it was where this raises.
+        names: of the adapters, for errors.
+        us: their vectors in the order of the product, (D, r), or (E, D, r) for experts; FSDP2's shards are gathered.
+        apply_gs: for each, whether its chain is that of its Gram-Schmidt basis.
+        before: what the last merge into this weight gave, if it still holds.
+
+    Returns:
+        What `unmerge` wants: it takes this merge and those before it out.
+
+    Raises:
+        ValueError: the merged weight is not finite.
+    """
+    pending, current = [_factors(weight, us, apply_gs)], weight.keep()
+    original, merges = current, pending
     if before is not None:
         original = before.original if before.fingerprint == weight.fingerprint() else None
-        factors = [*_moved(before.factors, weight), factor]
+        merges = [*before.merges, *pending]
     try:
         if before is not None and original is not None:  # one rounding for all: start again from the original
             weight.restore(original)
-            factor = join_factors(factors)
-        merged = reflect_rows(weight.read(), factor, inverse=False)
-        if not all(merged[rows].isfinite().all() for rows in row_blocks(merged)):
-            raise ValueError(_broken(layer, ", ".join(names), _NOT_FINITE))
-        weight.write(merged)
+            pending = merges
+        weight.write(_merged_rows(weight, names, pending))
     except BaseException:
         weight.restore(current)
         raise
-    layer._merged = Merged(original, weight.fingerprint(), factors, isinstance(weight, ShardedWeight))
-    layer.merged_adapters.extend(names)
+    return Merged(original, weight.fingerprint(), merges, isinstance(weight, ShardedWeight))
 
 
 @torch.no_grad()
-def unmerge(layer: "ReflectionLayer") -> None:
-    """See `ReflectionLayer.unmerge`."""
-    if not layer.merged:
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-        return
-    state = layer._merged
-    if state is not None:
-        weight = readable_weight(layer)
-        if state.sharded and not isinstance(weight, ShardedWeight):
-            raise RuntimeError(
-                f"HRA: {layer.describe()} was merged while its weight was sharded, and FSDP has gathered it for a "
-                "forward since; call unmerge_adapter() on the model, before disabling or switching adapters"
-            )
-        if state.original is not None and state.fingerprint == weight.fingerprint():
-            weight.restore(state.original)
-        else:
-            factor = join_factors(_moved(state.factors, weight))
-            weight.write(reflect_rows(weight.read(), factor, inverse=True))
-    layer._merged = None
-    layer.merged_adapters.clear()
+def unmerge(weight: Weight, state: Merged) -> None:
+    """Take out what `merge` put in: the original, bit for bit, unless the weight was changed since.
+
+    Raises:
+        RuntimeError: the weight was merged as shards and is whole now.
+    """
+    if state.sharded and not isinstance(weight, ShardedWeight):
+        raise RuntimeError(
+            f"HRA: {weight.where} was merged while its weight was sharded, and FSDP has gathered it for a forward "
+            "since; call unmerge_adapter() on the model, before disabling or switching adapters"
+        )
+    if state.original is not None and state.fingerprint == weight.fingerprint():
+        weight.restore(state.original)
+    else:
+        weight.write(_reflected(weight, state.merges, inverse=True))
 
 
-def _factor(layer: "ReflectionLayer", names: list[str], weight: Weight) -> Factor:
-    us = [u.to(weight.device) for u in whole_vectors(layer, names)]
-    return chain_factor(us, [layer.hra_apply_GS[name] for name in names], weight.dtype)
+def _factors(weight: Weight, us: Sequence[Tensor], apply_gs: Sequence[bool]) -> Factors:
+    chains = zip(*(weight.parts(u.to(weight.device)) for u in whole_vectors(us)), strict=True)
+    return [chain_factor(chain, apply_gs, weight.dtype) for chain in chains]
 
 
-def _moved(factors: list[Factor], weight: Weight) -> list[Factor]:
-    wide = factor_dtype(weight.dtype)
-    return [(v.to(weight.device, wide), t.to(weight.device, wide)) for v, t in factors]
-
-
-def reflect_rows(weight: Tensor, factor: Factor, inverse: bool) -> Tensor:
-    """W Q, or W Qᵀ if inverse, as a new tensor of W's dtype and memory format; (N, ...) is seen as (N, D)."""
-    merged = torch.empty_like(weight)
-    for rows in row_blocks(weight):
-        merged[rows] = _reflected(weight[rows], factor, inverse)
+def _merged_rows(weight: Weight, names: Sequence[str], merges: list[Factors]) -> Tensor:
+    merged = _reflected(weight, merges, inverse=False)
+    if not all(merged[rows].isfinite().all() for rows in row_blocks(merged)):
+        raise broken(names, "the base weight is not finite, or the result is out of its dtype's range", weight.where)
     return merged
 
 
-def _reflected(rows: Tensor, factor: Factor, inverse: bool) -> Tensor:
-    v, t = factor
-    with torch.autocast(rows.device.type, enabled=False):
-        return reflect(rows.flatten(1).to(v.dtype), v, t, transpose=inverse).view(rows.shape).to(rows.dtype)
+def _reflected(weight: Weight, merges: list[Factors], inverse: bool) -> Tensor:
+    """The weight's rows times Q, or Qᵀ if inverse, as a new tensor of their dtype and memory format."""
+    rows = weight.read()
+    result, wide = torch.empty_like(rows), factor_dtype(weight.dtype)
+    for part, out, factors in zip(weight.parts(rows), weight.parts(result), zip(*merges, strict=True), strict=True):
+        v, t = join_factors([(v.to(weight.device, wide), t.to(weight.device, wide)) for v, t in factors])
+        for block in row_blocks(part):
+            with torch.autocast(part.device.type, enabled=False):
+                y = reflect(part[block].flatten(1).to(wide), v, t, transpose=inverse)
+            out[block] = y.view(part[block].shape).to(part.dtype)
+    return result
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
     """{id of a parameter: the names of the modules that hold it}, where there are several."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(name)
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append(name)
     return {key: names for key, names in holders.items() if len(names) > 1}

@@ -11,15 +11,17 @@ from peft.tuners.hra.model import HRAModel as PeftHRAModel
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from hra_kernels.factor_cache import optimizer_steps, refill
 from hra_kernels.peft.adapter_names import accept_adapter_names
-from hra_kernels.peft.base_weight import torchao_configuration
-from hra_kernels.peft.experts import ParamWrapper
-from hra_kernels.peft.kinds import HRAQuantisedLinear, layer_class
+from hra_kernels.peft.base_weight import quantization_of, torchao_configuration
+from hra_kernels.peft.conv import conv_layer_class
+from hra_kernels.peft.embedding import HRAEmbedding
+from hra_kernels.peft.experts import wrap_parameter
 from hra_kernels.peft.layer import ReflectionLayer
-from hra_kernels.peft.merge import require_finite_result, require_mergeable, shared_parameters
-from hra_kernels.peft.offload import is_offloaded
+from hra_kernels.peft.linear import HRALinear, HRAQuantizedLinear
+from hra_kernels.peft.merge import shared_parameters
 from hra_kernels.peft.sharded import give_back_gathered_weights
 from hra_kernels.peft.weighted import add_weighted_adapter
 
@@ -27,8 +29,17 @@ _LAYERS_TAKE_CONFIG = "config" in inspect.signature(PeftHRALinear.__init__).para
 """PEFT 0.20 and newer hand the whole config to a layer; 0.19 hands over its fields."""
 
 
+def layer_class(base: nn.Module) -> type[ReflectionLayer] | None:
+    """The class for a base layer; None where HRA is not supported over it."""
+    if quantization_of(base) is not None:
+        return HRAQuantizedLinear
+    if isinstance(base, nn.Linear | Conv1D):
+        return HRALinear
+    return HRAEmbedding if isinstance(base, nn.Embedding) else conv_layer_class(base)
+
+
 class HRAModel(PeftHRAModel):
-    """PEFT's `HRAModel` with this package's layers (`kinds.layer_class`); same arguments, attributes and checkpoints.
+    """PEFT's `HRAModel` with this package's layers (`layer_class`); same arguments, attributes and checkpoints.
 
     A merge of several layers is checked before the first weight changes.
     """
@@ -52,38 +63,20 @@ class HRAModel(PeftHRAModel):
                 f"calling it, so an adapter there would have no effect. Exclude it: exclude_modules=[{current_key!r}]."
             )
         parameter_name = optional_kwargs.get("parameter_name")
-        if parameter_name is not None:
-            layer = self._wrap_parameter(hra_config, adapter_name, target, target_name, parent, parameter_name)
-            layer.name_in_model = current_key
-            return
-        super()._create_and_replace(
-            hra_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
-        )
-        layer = getattr(parent, target_name)
+        if parameter_name is None:
+            super()._create_and_replace(
+                hra_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+            )
+            layer = getattr(parent, target_name)
+        else:
+            layer = wrap_parameter(target, adapter_name, parameter_name, r=hra_config.r, config=hra_config)
+            if layer is not target:
+                if adapter_name not in self.active_adapters:
+                    layer.requires_grad_(False)
+                self._replace_module(parent, target_name, layer, target)
         if isinstance(layer, ReflectionLayer):
             layer.name_in_model = current_key
-        if isinstance(layer, HRAQuantisedLinear):
             layer.torchao_configuration = torchao_configuration(self.model)
-
-    def _wrap_parameter(
-        self,
-        hra_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        parameter_name: str,
-    ) -> ParamWrapper:
-        """target: the module with the parameter, or the parameter's wrapper, or the wrapper of another parameter."""
-        settings = {"r": hra_config.r, "config": hra_config}
-        if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
-            target.update_layer(adapter_name, **settings)
-            return target
-        layer = ParamWrapper(target, adapter_name, parameter_name=parameter_name, **settings)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-        return layer
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """As PEFT's. Where wrappers of parameters are nested is part of the names in a file, for all adapters alike."""
@@ -126,14 +119,7 @@ class HRAModel(PeftHRAModel):
         if torch.compiler.is_compiling() or self._refilled_after == optimizer_steps():
             return
         self._refilled_after = optimizer_steps()
-        layers = [
-            layer for layer in self._layers() if not (isinstance(layer, ParamWrapper) or is_offloaded(layer.hra_u))
-        ]
-        names = [layer._adapters_to_apply() for layer in layers]
-        refill(
-            (layer._factors, [layer.hra_u[name] for name in active], [layer.hra_apply_GS[name] for name in active])
-            for layer, active in zip(layers, names, strict=True)
-        )
+        refill(filter(None, [layer.chain_to_refill() for layer in self._layers()]))
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -170,15 +156,12 @@ class HRAModel(PeftHRAModel):
         """
         if settings:
             raise ValueError(f"add_weighted_adapter: HRA has no use for {', '.join(settings)}; see combination_type")
-        if any(isinstance(layer, ParamWrapper) for layer in self._layers()):
-            raise NotImplementedError("add_weighted_adapter: not supported with target_parameters")
         add_weighted_adapter(self, adapters, weights, adapter_name, combination_type)
 
     def _check_merge_allowed(self) -> None:
         shared = shared_parameters(self.model)
         for layer in self._layers():
-            parameter_name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-            names = shared.get(id(getattr(layer.get_base_layer(), parameter_name, None)))
+            names = shared.get(id(layer.base_parameter()))
             if names:
                 raise ValueError(
                     f"HRA cannot merge into {layer.describe()}: its weight is shared (tied) by {', '.join(names)}, "
@@ -192,12 +175,8 @@ class HRAModel(PeftHRAModel):
         for layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.hra_u and name not in layer.merged_adapters]
-            if names and isinstance(layer, ParamWrapper):
-                layer.require_mergeable(names)
-            elif names and not is_offloaded(layer.get_base_layer()):  # PEFT loads an offloaded one around its merge
-                require_mergeable(layer, names)
-                if safe_merge:
-                    require_finite_result(layer, names)
+            if names and not layer.is_loaded_to_merge():
+                layer.require_mergeable(names, safe_merge)
 
     def _layers(self) -> list[ReflectionLayer]:
         return [module for module in self.model.modules() if isinstance(module, ReflectionLayer)]

@@ -14,16 +14,14 @@ FSDP2 gathers weights and vectors before a forward, which so is like any other; 
 """
 
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from hra_kernels import reference
+from hra_kernels.factor_cache import FactorCache
 from hra_kernels.ops import attach_factor, in_factor_dtype, reflect_chain
-
-if TYPE_CHECKING:
-    from hra_kernels.peft.layer import ReflectionLayer
 
 
 def is_sharded(base: nn.Module) -> bool:
@@ -31,20 +29,13 @@ def is_sharded(base: nn.Module) -> bool:
     return hasattr(getattr(base, "weight", None), "device_mesh")
 
 
-def call_base(
-    layer: "ReflectionLayer", reflect: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """The base layer of x, with `reflect` applied to its input after all of its own forward pre-hooks.
+def whole_vectors(us: Sequence[Tensor]) -> list[Tensor]:
+    """The same tensors, gathered from all ranks where FSDP2 has sharded them. Every rank must come here."""
+    return [u.full_tensor() if hasattr(u, "device_mesh") else u for u in us]
 
-    Raises:
-        NotImplementedError: the base layer is another adapter's layer, whose part of the work would miss `reflect`.
-    """
-    base = layer.get_base_layer()
-    if layer.base_layer is not base:
-        raise NotImplementedError(
-            f"HRA: {layer.describe()} is over a {type(layer.base_layer).__name__} with a sharded weight, which "
-            "together is not supported; use one adapter method a layer"
-        )
+
+def call_base(base: nn.Module, reflect: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The base layer of x, with `reflect` applied to its input after all of its own forward pre-hooks."""
     hook = base.register_forward_pre_hook(lambda _, inputs: (reflect(inputs[0]), *inputs[1:]))
     try:
         return base(x, *args, **kwargs)
@@ -52,9 +43,9 @@ def call_base(
         hook.remove()
 
 
-def reflect(x: Tensor, layer: "ReflectionLayer", us: list[Tensor], apply_gs: list[bool]) -> Tensor:
+def reflect(x: Tensor, us: list[Tensor], apply_gs: list[bool], cache: FactorCache) -> Tensor:
     """x Qᵀ for x (..., D), a DTensor sharded or replicated in any way, or a plain one; placed as x is."""
-    factor = layer._factors.get(us, apply_gs, x.dtype)
+    factor = cache.get(us, apply_gs, x.dtype)
     if not hasattr(x, "device_mesh"):
         return reflect_chain(x, us, apply_gs, factor, transpose=True)
     from torch.distributed.tensor import DTensor, Replicate, Shard

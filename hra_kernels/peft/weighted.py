@@ -14,17 +14,15 @@ reflections does (determinant -1), and Gram-Schmidt.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft.tuners.hra.layer import HRALayer
+from peft.tuners.hra.model import HRAModel
 from torch import Tensor, nn
 
 from hra_kernels.factors import factor_dtype
-from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.reference import wy_factor
-
-if TYPE_CHECKING:
-    from hra_kernels.peft.model import HRAModel
 
 _HALF_TURN = 1e-4
 """A rotation this close to π (in radians) has no direction that the float32 columns could tell."""
@@ -79,7 +77,7 @@ def chain_power(u: Tensor, apply_gs: bool, weight: float) -> Tensor:
     return _padded(chain.to(wide), u.shape[1])
 
 
-def _check(model: "HRAModel", adapters: Sequence[str], weights: Sequence[float], name: str, kind: str) -> None:
+def _check(model: HRAModel, adapters: Sequence[str], weights: Sequence[float], name: str, kind: str) -> None:
     for adapter in adapters:
         if adapter not in model.peft_config:
             raise ValueError(f"Adapter {adapter} does not exist")
@@ -103,30 +101,32 @@ def _check(model: "HRAModel", adapters: Sequence[str], weights: Sequence[float],
                 f"add_weighted_adapter: adapter {adapter!r} has trained biases or modules_to_save, which have no "
                 "weighted combination"
             )
+    if any(getattr(config, "target_parameters", None) for config in model.peft_config.values()):
+        raise NotImplementedError("add_weighted_adapter: not supported with target_parameters")
 
 
 @torch.no_grad()
-def _combined(layer: ReflectionLayer, adapters: Sequence[str], weights: Sequence[float], rank: int) -> Tensor:
+def _combined(layer: HRALayer, where: str, adapters: Sequence[str], weights: Sequence[float], rank: int) -> Tensor:
     columns = []
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter in layer.hra_u:
             try:
                 columns.append(chain_power(layer.hra_u[adapter], layer.hra_apply_GS[adapter], weight))
             except ValueError as error:
-                raise ValueError(f"add_weighted_adapter: {layer.describe()}, adapter {adapter!r}: {error}") from error
+                raise ValueError(f"add_weighted_adapter: layer {where!r}, adapter {adapter!r}: {error}") from error
     return _padded(torch.cat(columns, 1), rank)
 
 
 def add_weighted_adapter(
-    model: "HRAModel", adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    model: HRAModel, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
 ) -> None:
     """See `HRAModel.add_weighted_adapter`. Everything is computed before the model is touched."""
     _check(model, adapters, weights, adapter_name, combination_type)
     configs = [model.peft_config[adapter] for adapter in adapters]
     rank = sum(config.r for config in configs)
-    layers = {name: module for name, module in model.model.named_modules() if isinstance(module, ReflectionLayer)}
+    layers = {name: module for name, module in model.model.named_modules() if isinstance(module, HRALayer)}
     combined = {
-        name: _combined(layer, adapters, weights, rank)
+        name: _combined(layer, name, adapters, weights, rank)
         for name, layer in layers.items()
         if any(adapter in layer.hra_u for adapter in adapters)
     }

@@ -1,4 +1,4 @@
-"""The pytest plugin under which `test_peft_own_suite.py` runs PEFT's own tests, in a process of its own.
+"""The pytest plugin under which `test_own_suite.py` runs PEFT's own tests, in a process of its own.
 
 It turns this package's tuner on (unless `HRA_PEFT_SUITE=stock`), counts its layers' forward calls, and makes PEFT's
 tests run without a model hub: tiny random models are written into a hub cache of their own, where `from_pretrained`

@@ -18,7 +18,7 @@ from torch import nn
 
 import hra_kernels.peft
 from hra_kernels.peft import HRAConv2d, HRALinear, HRAModel
-from hra_kernels.peft import layer as module_of_layers
+from hra_kernels.peft import linear as module_of_layers
 from tests.peft.models import ALL_LAYERS, Net, adapt, config, dense_q, merged_weight, relative, seeded
 
 FLOAT32 = 1e-5

@@ -1,7 +1,7 @@
 """PEFT's own HRA tests, from PEFT's source distribution, with this package's tuner on.
 
 The distribution is fetched with pip into pytest's cache (nothing of it is in this repository) and its tests run in a
-process of their own under `peft_suite_plugin.py`. Where it cannot be fetched the tests are skipped, with the reason.
+process of their own under `suite_plugin.py`. Where it cannot be fetched the tests are skipped, with the reason.
 """
 
 import os
@@ -55,14 +55,14 @@ def suite(request):
 def run_suite(root, selection):
     """(passed, forward calls of our layers) of PEFT's tests that `-k selection` selects; all of them must pass."""
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent))),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parents[1]))),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",  # the models are tiny
         "HF_HUB_CACHE": str(root / "hub"),
     }
-    build = "import pathlib, sys, peft_suite_plugin; peft_suite_plugin.build_hub(pathlib.Path(sys.argv[1]))"
+    build = "import pathlib, sys, suite_plugin; suite_plugin.build_hub(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", build, str(root / "hub")], env=environment, check=True, capture_output=True)
-    options = ["-q", "-p", "no:cacheprovider", "-p", "peft_suite_plugin", "-k", selection]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "suite_plugin", "-k", selection]
     command = [sys.executable, "-m", "pytest", *options, *(f"tests/{name}" for name in FILES)]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -1,0 +1,69 @@
+"""PEFT's HRA layer over what maps features: y = base_layer(x Qᵀ), plain, sharded or quantized."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.hra.layer import HRALinear as PeftHRALinear
+from torch import Tensor, nn
+
+from hra_kernels.mixed_batch import reflect_mixed
+from hra_kernels.ops import reflect_chain
+from hra_kernels.peft import sharded
+from hra_kernels.peft.base_weight import is_torchao, unpack_for_cpu
+from hra_kernels.peft.layer import ReflectionLayer
+
+
+class HRALinear(ReflectionLayer, PeftHRALinear):
+    """PEFT's HRA layer over an `nn.Linear` or a subclass of it, or transformers' `Conv1D`.
+
+    Arguments, attributes and parameters are those of `peft.tuners.hra.layer.HRALinear`.
+    """
+
+    def _sizes(self) -> tuple[int, int]:
+        base = self.get_base_layer()
+        # those of the whole weight, where PEFT gives those of the shard under tensor parallelism
+        return (base.in_features, base.out_features) if isinstance(base, nn.Linear) else super()._sizes()
+
+    def _vector_shape(self) -> tuple[int, ...]:
+        return (self.in_features,)
+
+    def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        if not sharded.is_sharded(base):
+            factor = self._factors.get(us, apply_gs, x.dtype)
+            return self.base_layer(reflect_chain(x, us, apply_gs, factor, transpose=True), *args, **kwargs)
+        if self.base_layer is not base:  # another adapter's layer, whose part of the work would miss the reflections
+            raise NotImplementedError(
+                f"HRA: {self.describe()} is over a {type(self.base_layer).__name__} with a sharded weight, which "
+                "together is not supported; use one adapter method a layer"
+            )
+        reflect = partial(sharded.reflect, us=us, apply_gs=apply_gs, cache=self._factors)
+        return sharded.call_base(base, reflect, x, *args, **kwargs)
+
+    def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        if sharded.is_sharded(self.get_base_layer()):
+            return super()._mixed_forward(x, adapter_names)
+        batch = self._mixed_batch(adapter_names, x)
+        return self.base_layer(reflect_mixed(x, *batch, transpose=True), *args, **kwargs)
+
+
+class HRAQuantizedLinear(HRALinear):
+    """`HRALinear` over a linear layer that PEFT knows as quantized; the layer dequantizes in its own forward."""
+
+    def _cast_for_base(self, x: Tensor) -> Tensor:
+        # torchao's weights have the dtype of the inputs they want; the others' dtype is that of their storage
+        return super()._cast_for_base(x) if is_torchao(self.get_base_layer()) else x
+
+    def _cast_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        trains = torch.is_grad_enabled() and (x.requires_grad or any(self.hra_u[name].requires_grad for name in names))
+        if trains:
+            unpack_for_cpu(self.get_base_layer())
+        y = super()._cast_forward(x, names, *args, **kwargs)
+        if trains and not y.requires_grad:
+            raise NotImplementedError(
+                f"HRA cannot train {self.describe()}: the forward of its quantized base layer has no gradient with "
+                "respect to its input (torchao's 8-bit activations have none). Use weight-only quantization, or run "
+                "it under torch.no_grad()."
+            )
+        return y
