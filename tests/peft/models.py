@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import hra_kernels.peft
 from hra_kernels import reference
+from hra_kernels.testing.tolerance import relative  # noqa: F401  for the tests beside this file
 
 
 class Net(nn.Module):
@@ -74,11 +75,6 @@ def merged_weight(layer: nn.Module, *adapters: str) -> Tensor:
     for name in adapters or layer.active_adapters:
         rows = rows @ dense_q(layer.hra_u[name], layer.hra_apply_GS[name])
     return rows.reshape(weight.shape)
-
-
-def relative(got: Tensor, exact: Tensor) -> float:
-    """Largest difference as a fraction of the largest exact value; NaN stays NaN."""
-    return ((got.detach().double() - exact.detach().double()).abs().max() / exact.detach().double().abs().max()).item()
 
 
 def linear(features=48, out=20, dtype=torch.float32, seed=0, **settings) -> nn.Linear:
