@@ -1,11 +1,16 @@
 """Which backends the shared tests run on.
 
     pytest --backends cpu,reference    these only; one that is not available is an error
-    pytest                             all that are available here; the others are skipped with their reason
+    pytest                             all that run at full speed here; the others are skipped with their reason
+    pytest --isa avx2                  the CPU kernels' instruction set, instead of the best that this processor has
+
+Without a GPU, Triton's kernels are interpreted: in a process where TRITON_INTERPRET is 1 when they are defined they can
+be nothing else, so it is set here, before anything imports them. TRITON_INTERPRET=0 leaves them to Triton's compiler.
 
 Outputs allocated with `torch.empty` are filled with NaN, so that a kernel that leaves a hole shows it.
 """
 
+import importlib.util
 import os
 
 # libgomp's idle threads spin; where anything else runs on the machine, that costs tests most of their time
@@ -15,10 +20,29 @@ import pytest
 import torch
 
 from hra_kernels import ops
+from hra_kernels.backends import cpu
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_addoption(parser):
     parser.addoption("--backends", default="", help="comma-separated backends for the shared tests (default: all)")
+    parser.addoption("--isa", help="avx512, avx2 or baseline: run the CPU kernels with this instruction set")
+
+
+def pytest_configure(config):
+    if INTERPRETED and "triton" in config.getoption("backends").split(","):
+        config.pluginmanager.import_plugin("tests.triton.interpreter")
+    isa = config.getoption("isa")
+    if isa:
+        if cpu.why_unavailable():
+            raise pytest.UsageError(f"--isa: {cpu.why_unavailable()}")
+        native = importlib.import_module("hra_kernels._native")
+        if isa not in native.isas():
+            raise pytest.UsageError(f"--isa: expected one of {', '.join(native.isas())} on this machine, got {isa!r}")
+        native.set_isa(isa)
 
 
 def pytest_generate_tests(metafunc):
@@ -29,6 +53,8 @@ def pytest_generate_tests(metafunc):
         unknown = [name for name in names if name not in report or (asked and report[name])]
         if unknown:
             raise pytest.UsageError(f"--backends: {unknown} not available; the report is {report}")
+        if INTERPRETED and not asked:
+            report["triton"] = "interpreted here, a minute or more: pytest --backends triton"
         skips = {name: [pytest.mark.skip(reason=f"backend {name}: {report[name]}")] for name in names if report[name]}
         metafunc.parametrize("backend", [pytest.param(name, marks=skips.get(name, [])) for name in names])
 

@@ -1,4 +1,6 @@
-"""The one accuracy rule of the project; no test has a tolerance of its own.
+"""The accuracy rules of the project; no test has a tolerance of its own.
+
+Operators, whose every case has an exact answer and a naive chain beside it (`assert_accurate`):
 
     allowed = max(k * error of the naive chain in x's dtype, 2 * error of merely rounding the exact answer)
               + 4 R eps32 * scale
@@ -8,10 +10,16 @@ we accumulate in float32 and so must beat the naive chain, 4 for float32, and 8 
 wider dtype to be computed in. The last term absorbs luck in tiny cases; its scale is max|exact| in the max norm and 1
 in the relative Frobenius norm. The rule holds in both norms, for y and for every gradient: the Frobenius norm misses
 one masked row, the max norm misses a small error everywhere.
+
+Layers and models, which are compared with another way to the same result: `rounding`, from sizes and dtype alone.
+Chains that must be orthogonal: `orthogonality`.
 """
 
 import torch
 from torch import Tensor
+
+from hra_kernels.factors import factor_dtype
+from hra_kernels.reference import GS_RTOL
 
 NAIVE_FACTOR = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 
@@ -59,3 +67,50 @@ def assert_accurate(
     """Assert the rule for every tensor in `got` by name."""
     found = violations(got, naive, exact, dtype, rank)
     assert not found, "; ".join(found)
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    """Largest difference as a fraction of the largest exact value; NaN stays NaN."""
+    exact = exact.detach().double()
+    return ((got.detach().double() - exact).abs().max() / exact.abs().max()).item()
+
+
+def rounding(features: int, rank: int, dtype: torch.dtype = torch.float32, layers: int = 1) -> float:
+    """The `relative` error that rounding explains, of outputs and gradients of `layers` layers in `dtype`.
+
+    A sum of n rounded products is off by less than 8 sqrt(n) eps / 2 of its terms' size but once in 10^13 sums (Higham
+    and Mary, 2019): 4 sqrt(D) eps for x vᵀ and for the product with W. Each reflection rounds what it writes, a few
+    times: 4 eps, and amplifies nothing, being orthogonal. 16-bit layers sum in float32, but round x Qᵀ and y, half of
+    eps each, and their gradients likewise: 2 eps. Errors of different layers are independent, so their squares add up.
+    """
+    wide = factor_dtype(dtype)
+    one = 4 * (features**0.5 + rank) * torch.finfo(wide).eps
+    if dtype != wide:
+        one += 2 * torch.finfo(dtype).eps
+    return layers**0.5 * one
+
+
+def orthogonality(u: Tensor, v: Tensor, t: Tensor, apply_gs: bool) -> float:
+    """Largest entry of QᵀQ - I that rounding explains, for (v, t) = wy_factor(u, apply_gs) and Q = I - vᵀ t v.
+
+    To first order δ(QᵀQ) = -(Qᵀ vᵀ δt v + its transpose), so no entry exceeds 2 |vᵀ δt v|. With A = |v_i| |t_ij| |v_j|,
+    c = |A|_F: t rounded to its dtype gives |vᵀ δt v| <= c eps / 2. Before that, float64 sums of D + R products make
+    t⁻¹ off by s |v_i| |v_j|, s = 4 sqrt(D + R) eps64 (see `rounding`), and δt = -t δ(t⁻¹) t gives |vᵀ δt v| <= s c².
+
+    With Gram-Schmidt Q = I - 2 vᵀ v and δ(QᵀQ) = 4 vᵀ (v vᵀ - I) v, where K rows are kept. Rounding v to its dtype
+    makes v vᵀ off by eps in each entry. v = l⁻¹ û makes it off by l⁻¹ δg l⁻ᵀ, |δg_ij| <= s, which is K s / σ² with û's
+    least singular value σ: at least GS_RTOL, else a column would have been dropped.
+
+    The check itself multiplies in float64: s once more.
+    """
+    rank, features = v.shape
+    eps = torch.finfo(v.dtype).eps
+    s = 4 * (features + rank) ** 0.5 * torch.finfo(torch.float64).eps
+    if apply_gs:
+        kept = u.double()[:, t.diagonal() != 0]
+        unit = kept / torch.linalg.vector_norm(kept, dim=0)
+        least = max(torch.linalg.svdvals(unit).min().item(), GS_RTOL) if kept.shape[1] else 1.0
+        return 4 * kept.shape[1] * (eps + s / least**2) + s
+    norms = torch.linalg.vector_norm(v.double(), dim=1)
+    condition = torch.linalg.matrix_norm(norms[:, None] * t.double().abs() * norms).item()
+    return condition * eps + 2 * s * condition**2 + s

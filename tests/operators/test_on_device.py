@@ -11,7 +11,8 @@ from torch import nn
 
 from hra_kernels.nn import HRALinear
 from hra_kernels.regularizer import orthogonality_penalty
-from tests.peft.models import adapt, linear, merged_weight, relative
+from hra_kernels.testing.tolerance import relative
+from tests.peft.models import adapt, linear, merged_weight
 
 FEATURES, OUT, ROWS = 48, 20, 33
 

@@ -21,9 +21,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from tests.peft.models import Net, adapt, config, relative, seeded
+from hra_kernels.testing.tolerance import relative, rounding
+from tests.peft.models import Net, adapt, config, seeded
 
-FLOAT32 = 1e-5
+FLOAT32 = rounding(32, 7, layers=3)
 
 
 def normal(*shape, seed=3):
@@ -122,7 +123,8 @@ def training(mesh):
             losses.append(loss.detach())
         assert relative(losses[1], losses[0]) < FLOAT32, losses
     vectors = [torch.cat([p.detach().flatten() for p in m.parameters() if p.requires_grad]) for m in models]
-    assert relative(vectors[1], vectors[0]) < 1e-4
+    # Adam divides each entry of a gradient by its own size, a tenth of the largest or less
+    assert relative(vectors[1], vectors[0]) < 10 * FLOAT32
     others = [torch.empty_like(vectors[1]) for _ in range(mesh.size())]
     dist.all_gather(others, vectors[1])
     assert all(torch.equal(other, vectors[1]) for other in others)
@@ -134,7 +136,7 @@ def in_16_bits(mesh):
     exact = adapted(base)(x)
     for plan in (RowwiseParallel(input_layouts=Replicate()), ColwiseParallel(output_layouts=Replicate())):
         y = adapted(parallelize_module(copy.deepcopy(base), mesh, {"0": plan}))(x)
-        assert y.dtype == torch.bfloat16 and relative(y, exact) < 2.0**-6
+        assert y.dtype == torch.bfloat16 and relative(y, exact) < rounding(24, 7, torch.bfloat16)
 
 
 def refused(mesh):

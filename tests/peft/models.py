@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import hra_kernels.peft
 from hra_kernels import reference
+from hra_kernels.testing.tolerance import relative  # noqa: F401  for the tests beside this file
 
 
 class Net(nn.Module):
@@ -62,14 +63,9 @@ def set_u(layer: nn.Module, u: Tensor, adapter: str = "default") -> None:
         layer.hra_u[adapter].copy_(u)
 
 
-def explicit_q(u: Tensor, apply_gs: bool = False) -> Tensor:
-    """Q (D, D) by the explicit chain in u's dtype, with autograd."""
-    return reference.explicit_chain(reference.explicit_gram_schmidt(u) if apply_gs else u)
-
-
 def dense_q(u: Tensor, apply_gs: bool = False) -> Tensor:
-    """`explicit_q` in float64, without gradient."""
-    return explicit_q(u.detach().double(), apply_gs)
+    """Q (D, D) by the explicit chain in float64, without gradient."""
+    return reference.explicit_chain(u.detach().double(), apply_gs)
 
 
 def merged_weight(layer: nn.Module, *adapters: str) -> Tensor:
@@ -79,11 +75,6 @@ def merged_weight(layer: nn.Module, *adapters: str) -> Tensor:
     for name in adapters or layer.active_adapters:
         rows = rows @ dense_q(layer.hra_u[name], layer.hra_apply_GS[name])
     return rows.reshape(weight.shape)
-
-
-def relative(got: Tensor, exact: Tensor) -> float:
-    """Largest difference as a fraction of the largest exact value; NaN stays NaN."""
-    return ((got.detach().double() - exact.detach().double()).abs().max() / exact.detach().double().abs().max()).item()
 
 
 def linear(features=48, out=20, dtype=torch.float32, seed=0, **settings) -> nn.Linear:

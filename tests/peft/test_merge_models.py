@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from hra_kernels.peft import base_weight
-from tests.peft.models import Net, adapt, config, relative, seeded
+from hra_kernels.testing.tolerance import relative, rounding
+from tests.peft.models import Net, adapt, config, seeded
 
-FLOAT32 = 1e-5
+FLOAT32 = rounding(96, 6, layers=3)
 MIB = 2**20
 
 

@@ -12,7 +12,9 @@ from torch import nn
 import hra_kernels.peft
 from hra_kernels.peft.base_weight import quantization_of
 from hra_kernels.peft.export import export_lora, lora_factors
-from tests.peft.models import dense_q, layer_of, relative, seeded
+from hra_kernels.reference import explicit_chain
+from hra_kernels.testing.tolerance import relative, rounding
+from tests.peft.models import dense_q, layer_of, seeded
 from tests.peft.quantized_layers import (
     FORMATS,
     IN,
@@ -32,18 +34,10 @@ from tests.peft.quantized_layers import (
 )
 
 pytest.importorskip("peft.utils.quantization_utils", reason="PEFT 0.19 has no quantization backends")
-FLOAT32 = 1e-5
+FLOAT32 = rounding(IN, 4)
 
 each_format = pytest.mark.parametrize("name", formats(FORMATS))
 each_mergeable = pytest.mark.parametrize("name", formats(MERGEABLE))
-
-
-def explicit(u):
-    q = torch.eye(len(u), dtype=u.dtype)
-    for column in u.unbind(1):
-        unit = column / column.norm()
-        q = q - 2 * torch.outer(q @ unit, unit)
-    return q
 
 
 @each_format
@@ -56,7 +50,7 @@ def test_forward_and_gradients(name, shape):
     x = inputs(*shape).requires_grad_()
     y = layer(x)
     exact_x, exact_u = x.detach().double().requires_grad_(), u.detach().double().requires_grad_()
-    exact = F.linear(exact_x, weight @ explicit(exact_u), base.bias.detach().double())
+    exact = F.linear(exact_x, weight @ explicit_chain(exact_u), base.bias.detach().double())
     assert y.dtype == torch.float32 and y.shape == exact.shape
     assert relative(y, exact) < FLOAT32
     dy = torch.randn_like(exact)
@@ -93,7 +87,7 @@ def test_training_after_inference(name):
         layer(x)
     layer.train()
     after = torch.autograd.grad(layer(x).square().sum(), layer.hra_u["default"])[0]
-    assert relative(after, before) < (0.02 if "nf4" in name or "fp4" in name else 1e-6)  # scales of 16 bits by then
+    assert relative(after, before) < (0.02 if "nf4" in name or "fp4" in name else FLOAT32)  # scales of 16 bits by then
 
 
 @each_format
@@ -130,7 +124,7 @@ def test_16_bit_inputs(name, dtype):
     x = inputs(9).to(dtype)
     exact = F.linear(x.double(), dequantize(base) @ dense_q(layer.hra_u["default"]), base.bias.double())
     y = layer(x)
-    assert y.dtype == dtype and relative(y, exact) < 2.0**-6
+    assert y.dtype == dtype and relative(y, exact) < rounding(IN, 4, torch.bfloat16)
 
 
 BFLOAT16 = {
@@ -149,12 +143,12 @@ def test_quantized_from_bfloat16(name):
     x = inputs(9).bfloat16().requires_grad_()
     y = layer(x)
     exact = F.linear(x.double(), dequantize(base) @ dense_q(layer.hra_u["default"]), base.bias.double())
-    assert y.dtype == torch.bfloat16 and relative(y, exact) < 2.0**-6
+    assert y.dtype == torch.bfloat16 and relative(y, exact) < rounding(IN, 4, torch.bfloat16)
     y.sum().backward()
     assert layer.hra_u["default"].grad.dtype == torch.float32 and layer.hra_u["default"].grad.abs().max() > 0
     if name.startswith("torchao"):
         y = layer(inputs(9))
-        assert y.dtype == torch.float32 and relative(y, exact) < 2.0**-6
+        assert y.dtype == torch.float32 and relative(y, exact) < rounding(IN, 4, torch.bfloat16)
     else:
         layer.merge()
         assert layer.base_layer.compute_dtype == torch.bfloat16 and relative(layer(x), exact) < 0.2
@@ -331,7 +325,7 @@ def test_a_format_that_peft_does_not_know(dtype):
     y.sum().backward()
     dense = (base.weight * base.scale).double() @ dense_q(layer.hra_u["default"])
     exact = F.linear(x.double(), dense, base.bias.double())
-    assert y.dtype == dtype and relative(y, exact) < (FLOAT32 if dtype == torch.float32 else 2.0**-6)
+    assert y.dtype == dtype and relative(y, exact) < rounding(IN, 4, dtype)
     assert layer.hra_u["default"].grad.abs().max() > 0
     with pytest.raises(NotImplementedError, match=r"cannot merge into layer '0'.*int8.*Supported are plain float32"):
         layer.merge()

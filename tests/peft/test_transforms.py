@@ -16,9 +16,10 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from tests.peft.models import Net, adapt, config, layer_of, relative, seeded
+from hra_kernels.testing.tolerance import relative, rounding
+from tests.peft.models import Net, adapt, config, layer_of, seeded
 
-FLOAT32 = 1e-5
+FLOAT32 = rounding(96, 6, layers=3)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -63,7 +64,7 @@ def test_inputs_of_one_to_four_dimensions(shape):
     flat = x.detach().reshape(-1, 48).requires_grad_()
     flat_y = layer(flat)
     flat_y.backward(torch.ones_like(flat_y))
-    assert relative(y, flat_y.reshape(y.shape)) < 1e-6 and relative(x.grad, flat.grad.reshape(shape)) < 1e-6
+    assert relative(y, flat_y.reshape(y.shape)) < FLOAT32 and relative(x.grad, flat.grad.reshape(shape)) < FLOAT32
 
 
 @pytest.mark.parametrize("shape", [(0, 48), (3, 0, 48)])
@@ -79,7 +80,7 @@ def test_empty_batches(shape):
 def test_strided_inputs():
     layer = layer_of(nn.Linear(48, 7))
     x = torch.randn(48, 2, 9)
-    assert relative(layer(x.permute(2, 1, 0)), layer(x.permute(2, 1, 0).contiguous())) < 1e-6
+    assert relative(layer(x.permute(2, 1, 0)), layer(x.permute(2, 1, 0).contiguous())) < FLOAT32
 
 
 def test_jit_trace(model):
@@ -89,7 +90,7 @@ def test_jit_trace(model):
         warnings.simplefilter("ignore")  # torch.jit is deprecated; PEFT users still trace
         traced = torch.jit.trace(model, (x,))
     more = images(7)
-    assert relative(traced(more), model(more)) < 1e-6
+    assert relative(traced(more), model(more)) < FLOAT32
 
 
 def compile_parity(model, make_input, batches, dynamic):
@@ -101,7 +102,7 @@ def compile_parity(model, make_input, batches, dynamic):
         x = make_input(batch)
         got, expected = compiled(x), model(x)
         dy = torch.randn_like(expected)
-        assert relative(got, expected) < 1e-6
+        assert relative(got, expected) < FLOAT32
         grads = torch.autograd.grad(got, parameters, dy), torch.autograd.grad(expected, parameters, dy)
         assert all(relative(one, other) < FLOAT32 for one, other in zip(*grads, strict=True))
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -127,7 +128,7 @@ def test_compile_follows_the_optimizer(model):
         loss = compiled(images()).square().sum()
         loss.backward()
         optimizer.step()
-        assert relative(compiled(images()), model(images())) < 1e-6
+        assert relative(compiled(images()), model(images())) < FLOAT32
 
 
 def test_compile_several_adapters(model):
@@ -188,13 +189,13 @@ def test_torch_func_grad_and_vmap(model):
         single = (model(x[sample : sample + 1]) - target[sample]).square().sum()
         exact = torch.autograd.grad(single, list(trainable(model).values()))
         for (name, one), other in zip(got.items(), exact, strict=True):
-            assert relative(one[sample], other) < 1e-9, name
+            assert relative(one[sample], other) < rounding(96, 4, torch.float64, layers=3), name
 
 
 def test_torch_func_vmap_over_inputs(model):
     x = images(6).reshape(2, 3, 3, 8, 8)
     with torch.no_grad():
-        assert relative(vmap(model)(x), model(x.flatten(0, 1)).reshape(2, 3, 5)) < 1e-6
+        assert relative(vmap(model)(x), model(x.flatten(0, 1)).reshape(2, 3, 5)) < FLOAT32
 
 
 def test_torch_func_jvp(model):
@@ -209,7 +210,8 @@ def test_torch_func_jvp(model):
     value, tangent = jvp(run, (parameters,), (tangents,))
     step = 1e-6
     ahead, behind = (run({k: p + sign * step * tangents[k] for k, p in parameters.items()}) for sign in (1, -1))
-    assert relative(value, model(x)) < 1e-9 and relative(tangent, (ahead - behind) / (2 * step)) < 1e-6
+    assert relative(value, model(x)) < rounding(96, 4, torch.float64, layers=3)
+    assert relative(tangent, (ahead - behind) / (2 * step)) < 1e-6  # a central difference errs by eps / step + step²
 
 
 @pytest.mark.parametrize("apply_gs", [False, True])
@@ -232,7 +234,7 @@ def test_gradcheck(kind, apply_gs):
 DDP = """
 import os, sys, torch
 import hra_kernels.peft
-from tests.peft.models import Net, adapt, relative, seeded
+from tests.peft.models import Net, adapt, seeded
 
 with hra_kernels.peft.enabled():
     model = adapt(seeded(Net))

@@ -1,6 +1,7 @@
-"""Triton's interpreter with bfloat16, tf32 and scalars made right, as a pytest plugin:
+"""Triton's interpreter with bfloat16, tf32 and scalars made right; importing this module repairs it.
 
-    TRITON_INTERPRET=1 pytest -p tests.triton.interpreter --backends triton tests/operators/test_accuracy.py
+It is also a pytest plugin, for its larger tiles: `tests/triton/conftest.py` loads it for the tests beside it,
+`tests/conftest.py` for `pytest --backends triton`.
 
 Unrepaired, the interpreter keeps bfloat16 as 16-bit integers and multiplies the integers in `tl.dot`, truncates where
 the hardware rounds to nearest even, and computes every float32 product exactly, also where tf32 was asked for. Up to

@@ -1,7 +1,7 @@
 """Every launch of the Triton backend compiles, for GPUs that are not here, to machine code that may ship.
 
 Shared memory under the chip's limit, no spills, matrix instructions and 16-byte accesses where x is multiplied. The
-table is printed: `pytest -s`, or `python -m tests.triton.machine_code`.
+table is printed: `TRITON_INTERPRET=0 pytest -s -m slow` of this file, or `python -m tests.triton.machine_code`.
 """
 
 import os
@@ -17,7 +17,7 @@ from tests.triton import releases as triton_releases
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels do not compile"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="test_processes.py runs this, compiled"),
 ]
 
 

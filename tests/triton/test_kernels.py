@@ -1,19 +1,19 @@
-"""What only the Triton kernels can get wrong, run under Triton's interpreter by `test_triton_interpreter.py`.
-
-TRITON_INTERPRET=1 pytest -p tests.triton.interpreter tests/triton/suite.py     on a CPU
-pytest tests/triton/suite.py                                                    on a GPU
-"""
+"""What only the Triton kernels can get wrong: on a GPU where there is one, else in Triton's interpreter."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from hra_kernels import ops, reference
 from hra_kernels.backends import triton as triton_backend
 from hra_kernels.backends import triton_kernels, tuning
 from hra_kernels.testing.cases import make_u
 from hra_kernels.testing.tolerance import assert_accurate
+
+pytestmark = pytest.mark.skipif(triton_backend.why_unavailable() is not None, reason="no GPU, and TRITON_INTERPRET=0")
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRITON = triton_backend.BACKEND
