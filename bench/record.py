@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from bench import COMMIT_VARIABLE
-from bench.timing import Rounds
+from hra_kernels.measuring.stopwatch import Rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
