@@ -41,15 +41,17 @@ float32 knows a column to 6e-8 of its norm, so a kept direction is known to 5e-4
 1 / GS_RTOL. Kept directions are orthogonal to eps64 / GS_RTOL² = 1.5e-8 at worst: float32 accuracy, in float64 too."""
 
 
-def explicit_chain(u: Tensor) -> Tensor:
-    """Q = H_1 ... H_R as a dense (D, D) matrix, one reflection at a time; a zero column reflects nothing."""
-    q = torch.eye(u.shape[0], dtype=u.dtype, device=u.device)
-    for column in u.unbind(1):
-        norm = torch.linalg.vector_norm(column)
-        if norm > 0:
-            unit = column / norm
-            q = q - 2 * torch.outer(q @ unit, unit)
-    return q
+def explicit_chain(u: Tensor, apply_gs: bool = False, x: Tensor | None = None, transpose: bool = False) -> Tensor:
+    """x Q (x Qᵀ if transpose) in u's dtype, one reflection at a time; without x (M, D), Q = H_1 ... H_R itself (D, D).
+
+    A zero column reflects nothing. Differentiable; squares of the columns must be in the dtype's range.
+    """
+    basis = explicit_gram_schmidt(u) if apply_gs else u
+    y = torch.eye(u.shape[0], dtype=u.dtype, device=u.device) if x is None else x
+    for column in reversed(basis.unbind(1)) if transpose else basis.unbind(1):
+        square = column @ column
+        y = y - (2 / torch.where(square > 0, square, 1)) * torch.outer(y @ column, column)
+    return y
 
 
 def explicit_gram_schmidt(u: Tensor, rtol: float = GS_RTOL) -> Tensor:

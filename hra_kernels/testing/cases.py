@@ -76,36 +76,28 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, 
 def explicit(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """y, dx and du by autograd through the explicit chain, one reflection at a time, all of it in `dtype`.
 
-    In float64 this is the exact answer. Powers of two are taken out of the
-    columns first (and put back into du), so that the naive chain is not blamed for what its dtype cannot hold.
+    In float64 this is the exact answer. Powers of two are taken out of the columns first (and put back into du), so
+    that the naive chain is not blamed for what its dtype cannot hold.
     """
-    return _explicit(x, u, dy, case, dtype)
-
-
-def naive(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`explicit` in x's own dtype. Float64 has nothing wider to be compared with: there, the order of features differs,
-
-    so that its distance from `explicit` is the rounding error of such a chain.
-    """
-    if dtype != torch.float64:
-        return _explicit(x, u, dy, case, dtype)
-    order = torch.randperm(case.D, generator=torch.Generator().manual_seed(1))
-    results = _explicit(x[:, order], u[order], dy[:, order], case, dtype)
-    back = torch.argsort(order)
-    return {"y": results["y"][:, back], "dx": results["dx"][:, back], "du": results["du"][back]}
-
-
-def _explicit(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     exponent = torch.frexp(torch.linalg.vector_norm(u.double(), dim=0)).exponent
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
     scale = torch.where((u != 0).any(0), scale, 1)
     unit = (u.double() / scale).to(dtype).requires_grad_()
     x = x.detach().to(dtype).requires_grad_()
-    basis = reference.explicit_gram_schmidt(unit) if case.apply_gs else unit
-    y = x
-    for column in reversed(basis.unbind(1)) if case.transpose else basis.unbind(1):
-        square = column @ column
-        y = y - (2 / torch.where(square > 0, square, 1)) * torch.outer(y @ column, column)
+    y = reference.explicit_chain(unit, case.apply_gs, x, case.transpose)
     y.backward(dy.to(dtype))
     du = unit.grad if unit.grad is not None else torch.zeros_like(unit)
     return {"y": y.detach(), "dx": x.grad, "du": du.double() / scale}
+
+
+def naive(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`explicit` in x's own dtype, whose distance from the exact answer is the rounding error of such a chain.
+
+    Float64 has nothing wider to be compared with, so there the order of features differs.
+    """
+    if dtype != torch.float64:
+        return explicit(x, u, dy, case, dtype)
+    order = torch.randperm(case.D, generator=torch.Generator().manual_seed(1))
+    results = explicit(x[:, order], u[order], dy[:, order], case, dtype)
+    back = torch.argsort(order)
+    return {"y": results["y"][:, back], "dx": results["dx"][:, back], "du": results["du"][back]}

@@ -31,7 +31,7 @@ def merged_weight(weight, us, flags):
     q = torch.eye(weight[0].numel(), dtype=torch.float64)
     for u, apply_gs in zip(us, flags, strict=True):
         u = u.double()
-        q = q @ reference.explicit_chain(reference.explicit_gram_schmidt(u) if apply_gs else u)
+        q = q @ reference.explicit_chain(u, apply_gs)
     return (weight.double().flatten(1) @ q).reshape(weight.shape)
 
 

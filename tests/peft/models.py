@@ -62,14 +62,9 @@ def set_u(layer: nn.Module, u: Tensor, adapter: str = "default") -> None:
         layer.hra_u[adapter].copy_(u)
 
 
-def explicit_q(u: Tensor, apply_gs: bool = False) -> Tensor:
-    """Q (D, D) by the explicit chain in u's dtype, with autograd."""
-    return reference.explicit_chain(reference.explicit_gram_schmidt(u) if apply_gs else u)
-
-
 def dense_q(u: Tensor, apply_gs: bool = False) -> Tensor:
-    """`explicit_q` in float64, without gradient."""
-    return explicit_q(u.detach().double(), apply_gs)
+    """Q (D, D) by the explicit chain in float64, without gradient."""
+    return reference.explicit_chain(u.detach().double(), apply_gs)
 
 
 def merged_weight(layer: nn.Module, *adapters: str) -> Tensor:

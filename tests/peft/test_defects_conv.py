@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hra_kernels.reference import explicit_chain
 from tests.peft.models import PadsItself, conv2d, layer_of, relative, seeded
 
 FLOAT32 = 1e-5
@@ -21,11 +22,7 @@ def check_conv(conv, shape=(2, 3, 11, 9), **settings):
     u = layer.hra_u["default"].detach().double().requires_grad_()
     exact_x = x.detach().double().requires_grad_()
     weight = conv.weight.detach().double()
-    unit = u / u.norm(dim=0)
-    q = torch.eye(len(u), dtype=torch.float64)
-    for column in unit.unbind(1):
-        q = q - 2 * torch.outer(q @ column, column)
-    merged = (weight.flatten(1) @ q).reshape(weight.shape)
+    merged = (weight.flatten(1) @ explicit_chain(u)).reshape(weight.shape)
     exact = torch.func.functional_call(conv.double(), {"weight": merged}, (exact_x,))
     exact_du, exact_dx = torch.autograd.grad(exact, [u, exact_x], dy.double())
     conv.float()

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import hra_kernels.peft
 from hra_kernels.peft.export import export_lora, lora_factors, lora_state, truncated_factors
-from tests.peft.models import adapt, explicit_q, layer_of, relative, seeded
+from hra_kernels.reference import explicit_chain
+from tests.peft.models import adapt, layer_of, relative, seeded
 
 FLOAT32 = 1e-5
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
@@ -79,9 +80,9 @@ def dense(base, x, u, apply_gs=False):
     """The layer with W Q as its weight, in float64, differentiable in x and u."""
     weight = base.weight.detach().double()
     if isinstance(base, Conv1D):
-        merged = (weight.T @ explicit_q(u, apply_gs)).T
+        merged = (weight.T @ explicit_chain(u, apply_gs)).T
     else:
-        merged = (weight.flatten(1) @ explicit_q(u, apply_gs)).reshape(weight.shape)
+        merged = (weight.flatten(1) @ explicit_chain(u, apply_gs)).reshape(weight.shape)
     others = {name: p.detach().double() for name, p in base.named_parameters() if name != "weight"}
     return functional_call(base, {"weight": merged, **others}, (x,)), merged
 

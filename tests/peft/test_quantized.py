@@ -12,6 +12,7 @@ from torch import nn
 import hra_kernels.peft
 from hra_kernels.peft.base_weight import quantization_of
 from hra_kernels.peft.export import export_lora, lora_factors
+from hra_kernels.reference import explicit_chain
 from tests.peft.models import dense_q, layer_of, relative, seeded
 from tests.peft.quantized_layers import (
     FORMATS,
@@ -38,14 +39,6 @@ each_format = pytest.mark.parametrize("name", formats(FORMATS))
 each_mergeable = pytest.mark.parametrize("name", formats(MERGEABLE))
 
 
-def explicit(u):
-    q = torch.eye(len(u), dtype=u.dtype)
-    for column in u.unbind(1):
-        unit = column / column.norm()
-        q = q - 2 * torch.outer(q @ unit, unit)
-    return q
-
-
 @each_format
 @pytest.mark.parametrize("shape", [(9,), (2, 5)])
 def test_forward_and_gradients(name, shape):
@@ -56,7 +49,7 @@ def test_forward_and_gradients(name, shape):
     x = inputs(*shape).requires_grad_()
     y = layer(x)
     exact_x, exact_u = x.detach().double().requires_grad_(), u.detach().double().requires_grad_()
-    exact = F.linear(exact_x, weight @ explicit(exact_u), base.bias.detach().double())
+    exact = F.linear(exact_x, weight @ explicit_chain(exact_u), base.bias.detach().double())
     assert y.dtype == torch.float32 and y.shape == exact.shape
     assert relative(y, exact) < FLOAT32
     dy = torch.randn_like(exact)

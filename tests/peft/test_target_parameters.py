@@ -13,8 +13,9 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 import hra_kernels.peft
 from hra_kernels.peft import HRAConfig
 from hra_kernels.peft.experts import ParamWrapper
+from hra_kernels.reference import explicit_chain
 from hra_kernels.regularizer import model_orthogonality_penalty, orthogonality_penalty
-from tests.peft.models import explicit_q, relative, seeded
+from tests.peft.models import relative, seeded
 
 FLOAT32 = 1e-5
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -69,7 +70,7 @@ def dense(base, us, apply_gs=False):
         weight = getattr(base.experts, name).detach().double()
         rows = weight.mT if base.experts.is_transposed else weight
         for u in chains:
-            rows = torch.stack([one @ explicit_q(vectors, apply_gs) for one, vectors in zip(rows, u, strict=True)])
+            rows = torch.stack([one @ explicit_chain(vectors, apply_gs) for one, vectors in zip(rows, u, strict=True)])
         merged[f"experts.{name}"] = rows.mT if base.experts.is_transposed else rows
     return merged
 
