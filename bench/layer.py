@@ -129,7 +129,7 @@ def measure_case(
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a shape."""
+    """One case per shape."""
     device, dtype = options.device, DTYPES[options.dtype]
 
     def planned(shape: shapes.Shape) -> Planned:

@@ -19,6 +19,7 @@ from bench import providers as catalog
 from bench.accuracy import beyond
 from bench.layer import DTYPES
 from bench.record import Planned, Progress
+from hra_kernels import reference
 from hra_kernels.measuring import stopwatch
 from hra_kernels.testing import tolerance
 
@@ -60,9 +61,7 @@ class ExplicitChain(nn.Module):
         return self.base(checkpoint(self._reflected, x, use_reentrant=False))
 
     def _reflected(self, x: Tensor) -> Tensor:
-        for column in reversed(self.u.unbind(1)):
-            x = x - (2 / (column @ column)) * (x @ column)[..., None] * column
-        return x
+        return reference.explicit_chain(self.u, x=x.flatten(0, -2), transpose=True).view_as(x)
 
 
 EXACT = catalog.Provider("exact", "explicit chain", wrap=ExplicitChain, hra=True)
@@ -220,7 +219,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a model and mode."""
+    """One case per model and mode."""
     dtype = options.dtype or ("bfloat16" if options.device.type == "cuda" else "float32")
     found = [
         {"name": name if mode == "eager" else f"{name}, {mode}", "model": name, "mode": mode}

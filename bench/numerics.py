@@ -15,6 +15,7 @@ from bench import layer, record, shapes
 from bench import providers as catalog
 from bench.accuracy import explicit_layer, gradients
 from bench.record import Planned, Progress
+from hra_kernels import reference
 from hra_kernels.testing import cases, tolerance
 
 MEANING = {
@@ -116,9 +117,8 @@ def gradient(provider: catalog.Provider, size: int, rank: int, device: torch.dev
 
 def training(provider: catalog.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
     weight = _base(size, torch.bfloat16, device).weight.detach().float()
-    teacher = weight.double()
-    for column in torch.randn(size, 2, generator=torch.Generator().manual_seed(9)).to(device).double().unbind(1):
-        teacher = teacher - 2 / (column @ column) * torch.outer(teacher @ column, column)
+    columns = torch.randn(size, 2, generator=torch.Generator().manual_seed(9)).to(device)
+    teacher = reference.explicit_chain(columns.double(), x=weight.double())
     trajectories = []
     for dtype in (torch.float32, torch.bfloat16):
         base = _base(size, dtype, device)

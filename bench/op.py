@@ -150,7 +150,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a shape, rank and dtype."""
+    """One case per shape, rank and dtype."""
     found = [
         {"name": str(shape), "M": shape.M, "D": shape.D, "dtype": dtype, "rank": rank}
         for shape in shapes.parse(options.shapes)
