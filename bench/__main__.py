@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import compare, layer, model, numerics, op, providers, record, report, scaling
+from bench import compare, layer, model, numerics, op, providers, record, report, scaling, screen
+from hra_kernels.cli import positive
 
 LEVELS = {"op": op, "layer": layer, "model": model, "numerics": numerics, "scaling": scaling}
 
@@ -20,18 +21,11 @@ def _provider(name: str) -> providers.Provider:
     return providers.BY_NAME[name]
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
-
-
 def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     common.add_argument("--threads", type=int, default=2, help="PyTorch's CPU threads (default 2)")
-    common.add_argument("--seconds", type=_positive, default=20.0, help="time a case, without checks and warm-up")
+    common.add_argument("--seconds", type=positive(float), default=20.0, help="per case, without checks and warm-up")
     common.add_argument(
         "--providers", type=_provider, nargs="+", metavar="NAME", help="default: all that suit the level"
     )
@@ -47,24 +41,25 @@ def build_parser() -> argparse.ArgumentParser:
         level = levels.add_parser(name, parents=[common], help=" ".join(summary.split()), description=module.__doc__)
         level.formatter_class = argparse.RawDescriptionHelpFormatter
         module.add_arguments(level)
-    drawn = levels.add_parser("report", help="tables, plots and README's results from JSON that is there")
+    drawn = levels.add_parser("report", help="tables, plots and results/README.md from the JSON that is there")
     drawn.add_argument("--results", type=Path, default=record.RESULTS, help="folder of machines' folders")
     drawn.add_argument("--readme", type=Path, help="fill this file's results block")
     return parser
 
 
 def make_report(options: argparse.Namespace, console: Console) -> None:
-    """Print every table, draw every plot, fill the README."""
+    """Print every table, draw every plot, write the page of results and, where it is named, fill the README."""
     from bench import plots
 
     for path in sorted(options.results.glob("*/*.json")):
         if path.stem in LEVELS:
             runs = record.load(path)["runs"]
-            report.show(runs, console)
+            screen.show(runs, console)
             plots.draw(path.parent, path.stem, runs)
+    (options.results / "README.md").write_text(report.results_page(options.results))
     if options.readme:
-        text = options.readme.read_text()
-        options.readme.write_text(report.fill(text, report.results_section(options.results, plots.source)))
+        block = report.readme_block(options.results.resolve(), options.readme.resolve().parent)
+        options.readme.write_text(report.fill(options.readme.read_text(), block))
 
 
 def measure(options: argparse.Namespace, console: Console) -> None:
@@ -97,7 +92,7 @@ def measure(options: argparse.Namespace, console: Console) -> None:
                 continue
             if path:
                 record.save(path, options.level, runs[-1:])
-    report.show(runs, console)
+    screen.show(runs, console)
     if path and runs and not options.no_plots:
         from bench import plots
 

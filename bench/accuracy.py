@@ -2,7 +2,7 @@
 
 The HRA family is held to the project's one accuracy rule (hra_kernels/testing/tolerance.py), for y, dx and du, against
 the explicit chain in float64. Methods with a function of their own are compared with their own float64 copy; for them
-it is a guard against NaN, tf32 and the like, with one bound a dtype.
+it is a guard against NaN, tf32 and the like, with one bound per dtype.
 """
 
 import copy
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.providers import Provider, hra_parameter
+from hra_kernels import reference
 from hra_kernels.testing import tolerance
 
 OWN_BOUND = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -30,9 +31,7 @@ def explicit_layer(base: nn.Module, x: Tensor, u: Tensor, dy: Tensor, dtype: tor
     """y, dx and du of the adapted layer, one reflection of the weight at a time, all of it in `dtype`."""
     u = u.detach().to(dtype).requires_grad_()
     x = x.detach().to(dtype).requires_grad_()
-    weight = base.weight.detach().to(dtype).flatten(1)
-    for column in u.unbind(1):
-        weight = weight - (2 / (column @ column)) * torch.outer(weight @ column, column)
+    weight = reference.explicit_chain(u, x=base.weight.detach().to(dtype).flatten(1))
     bias = base.bias.detach().to(dtype) if base.bias is not None else None
     if isinstance(base, nn.Conv2d):
         y = F.conv2d(x, weight.view_as(base.weight), bias, base.stride, base.padding, base.dilation)

@@ -13,6 +13,7 @@ from bench import providers as catalog
 from bench import record, shapes, timing
 from bench.accuracy import LayerCheck
 from bench.record import Planned, Progress
+from hra_kernels.measuring import stopwatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -117,18 +118,18 @@ def measure_case(
         except Exception as error:
             row["why"] = catalog.reason(error)
     floor = catalog.FLOOR if catalog.FLOOR in samplers else None
-    result = timing.interleave(
+    result = stopwatch.interleave(
         samplers, floor, seconds, advance=lambda done: progress(f"{case['name']}: rounds", 0.5 + 0.5 * done)
     )
     for name, samples in result.taken.items():
-        rows[name]["seconds"] = timing.summary(samples.values())
+        rows[name]["seconds"] = stopwatch.summary(samples.values())
         if floor:
-            rows[name]["ratio"] = timing.ratio_to_floor(samples, result.taken[floor])
+            rows[name]["ratio"] = stopwatch.ratio_to_floor(samples, result.taken[floor])
     return record.entry(case, device, seconds, list(rows.values()), result)
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a shape."""
+    """One case per shape."""
     device, dtype = options.device, DTYPES[options.dtype]
 
     def planned(shape: shapes.Shape) -> Planned:

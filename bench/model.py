@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bench import models, record, timing
+from bench import networks, record, timing
 from bench import providers as catalog
 from bench.accuracy import beyond
 from bench.layer import DTYPES
 from bench.record import Planned, Progress
+from hra_kernels import reference
+from hra_kernels.measuring import stopwatch
 from hra_kernels.testing import tolerance
 
 BOUND = {torch.float32: 2e-3, torch.bfloat16: 0.15, torch.float64: 1e-10}
@@ -28,7 +30,7 @@ DEFAULT_PROVIDERS = ["frozen", "ours", "wy-eager", "peft-hra", "lora", "oft"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=models.MODELS, help="default: those that suit the device")
+    parser.add_argument("--models", nargs="+", choices=networks.MODELS, help="default: those that suit the device")
     parser.add_argument("--dtype", default=None, choices=[str(dtype).removeprefix("torch.") for dtype in BOUND])
     parser.add_argument("--modes", nargs="+", default=["eager"], choices=MODES, help="default: eager")
     parser.add_argument("--rank", type=int, default=8)
@@ -59,9 +61,7 @@ class ExplicitChain(nn.Module):
         return self.base(checkpoint(self._reflected, x, use_reentrant=False))
 
     def _reflected(self, x: Tensor) -> Tensor:
-        for column in reversed(self.u.unbind(1)):
-            x = x - (2 / (column @ column)) * (x @ column)[..., None] * column
-        return x
+        return reference.explicit_chain(self.u, x=x.flatten(0, -2), transpose=True).view_as(x)
 
 
 EXACT = catalog.Provider("exact", "explicit chain", wrap=ExplicitChain, hra=True)
@@ -73,7 +73,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapt(
-    provider: catalog.Provider, base: nn.Module, spec: models.Model, rank: int, device: torch.device
+    provider: catalog.Provider, base: nn.Module, spec: networks.Model, rank: int, device: torch.device
 ) -> nn.Module:
     """A copy of `base` with the provider's adapters away from their initial state."""
     model = provider.build_model(copy.deepcopy(base), spec.targets, rank).to(device)
@@ -90,7 +90,7 @@ def adapt(
     return model
 
 
-def first_layer(model: nn.Module, spec: models.Model) -> str:
+def first_layer(model: nn.Module, spec: networks.Model) -> str:
     """The path of the first layer an adapter would sit on."""
     return next(
         path
@@ -114,7 +114,7 @@ MODES = {"eager": lambda model: model, "checkpoint": checkpointed, "compile": to
 """Ways to train a model."""
 
 
-def loss_and_gradient(model: nn.Module, spec: models.Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(model: nn.Module, spec: networks.Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The loss and all adapter gradients in one vector."""
     parameters = list(trainable(model).values())
     loss = spec.loss(model, batch)
@@ -130,7 +130,7 @@ class ModelCheck:
     """Checks adapted models of one case; the HRA family's float64 answer is computed once."""
 
     def __init__(
-        self, base: nn.Module, spec: models.Model, rank: int, batch: dict[str, Tensor], dtype: torch.dtype
+        self, base: nn.Module, spec: networks.Model, rank: int, batch: dict[str, Tensor], dtype: torch.dtype
     ) -> None:
         self.base, self.spec, self.rank, self.batch, self.dtype = base, spec, rank, batch, dtype
         self.exact: tuple[Tensor, Tensor] | None = None
@@ -163,7 +163,7 @@ class ModelCheck:
         return relative, beyond(relative, BOUND[self.dtype])
 
 
-def training_step(model: nn.Module, spec: models.Model, batch: dict[str, Tensor]) -> timing.Variant:
+def training_step(model: nn.Module, spec: networks.Model, batch: dict[str, Tensor]) -> timing.Variant:
     """One optimizer step on what is trainable."""
     parameters = list(trainable(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, foreach=True, capturable=parameters[0].is_cuda)
@@ -178,7 +178,7 @@ def training_step(model: nn.Module, spec: models.Model, batch: dict[str, Tensor]
 
 def measure_case(case: dict, options: argparse.Namespace, progress: Progress) -> dict:
     """One table: a training step by every provider that passed its check."""
-    device, dtype, spec = options.device, DTYPES[case["dtype"]], models.MODELS[case["model"]]
+    device, dtype, spec = options.device, DTYPES[case["dtype"]], networks.MODELS[case["model"]]
     torch.manual_seed(0)
     try:
         with device:
@@ -206,25 +206,25 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
         except Exception as error:
             row["why"] = catalog.reason(error)
     floor = catalog.FLOOR if catalog.FLOOR in samplers else None
-    result = timing.interleave(
+    result = stopwatch.interleave(
         samplers, floor, options.seconds, advance=lambda done: progress(f"{spec.name}: rounds", 0.5 + 0.5 * done)
     )
     for name, samples in result.taken.items():
         row = rows[name]
-        row["seconds"] = timing.summary(samples.values())
+        row["seconds"] = stopwatch.summary(samples.values())
         row["per_second"], row["unit"] = spec.count / row["seconds"]["median"], spec.unit
         if floor:
-            row["ratio"] = timing.ratio_to_floor(samples, result.taken[floor])
+            row["ratio"] = stopwatch.ratio_to_floor(samples, result.taken[floor])
     return record.entry(case, device, options.seconds, list(rows.values()), result)
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a model and mode."""
+    """One case per model and mode."""
     dtype = options.dtype or ("bfloat16" if options.device.type == "cuda" else "float32")
     found = [
         {"name": name if mode == "eager" else f"{name}, {mode}", "model": name, "mode": mode}
         | {"dtype": dtype, "rank": options.rank}
-        for name in options.models or models.DEFAULT[options.device.type]
+        for name in options.models or networks.DEFAULT[options.device.type]
         for mode in options.modes
     ]
     return [Planned(case, lambda progress, case=case: measure_case(case, options, progress)) for case in found]

@@ -1,12 +1,7 @@
 """Level `numerics`: what the time buys: orthogonality, identity at the start, drift of merging, gradients, bfloat16.
 
-Nothing is timed. Every quantity is one run with one row a provider, its numbers under `values`:
-
-    orthogonality  max |QᵀQ - I| in float32 of the map the layer applies, by the kind of u's columns
-    identity       max |layer(x) - base(x)| right after creation, by dtype; 0 means bit for bit
-    merge          relative change of the base weight after n cycles of merge and unmerge, by dtype and n
-    gradient       relative error of u's gradient against float64, one optimizer step after creation and at random u
-    training       bfloat16 against float32: |Q16 - Q32| / |Q32 - I| after n AdamW steps on the same teacher's data
+Nothing is timed. Every quantity is one run with one row per provider, its numbers under `values`; `MEANING` says what
+they are.
 """
 
 import argparse
@@ -20,8 +15,16 @@ from bench import layer, record, shapes
 from bench import providers as catalog
 from bench.accuracy import explicit_layer, gradients
 from bench.record import Planned, Progress
+from hra_kernels import reference
 from hra_kernels.testing import cases, tolerance
 
+MEANING = {
+    "orthogonality": "max |QᵀQ - I| in float32 of the map the layer applies, by the kind of u's columns:",
+    "identity": "max |layer(x) - base(x)| right after creation, by dtype; 0 means bit for bit:",
+    "merge": "Relative change of the base weight after n cycles of merge and unmerge, by dtype and n:",
+    "gradient": "Relative error of u's gradient against float64, one optimizer step after creation and at random u:",
+    "training": "bfloat16 against float32: |Q16 - Q32| / |Q32 - I| after n AdamW steps on the same teacher's data:",
+}
 DEFAULT_PROVIDERS = ["ours", "wy-eager", "peft-hra"]
 COLUMNS = ["random", "near_parallel", "paired_step", "zero_columns", "scales"]
 MERGES = (1, 10, 100)
@@ -114,9 +117,8 @@ def gradient(provider: catalog.Provider, size: int, rank: int, device: torch.dev
 
 def training(provider: catalog.Provider, size: int, rank: int, device: torch.device) -> dict[str, float]:
     weight = _base(size, torch.bfloat16, device).weight.detach().float()
-    teacher = weight.double()
-    for column in torch.randn(size, 2, generator=torch.Generator().manual_seed(9)).to(device).double().unbind(1):
-        teacher = teacher - 2 / (column @ column) * torch.outer(teacher @ column, column)
+    columns = torch.randn(size, 2, generator=torch.Generator().manual_seed(9)).to(device)
+    teacher = reference.explicit_chain(columns.double(), x=weight.double())
     trajectories = []
     for dtype in (torch.float32, torch.bfloat16):
         base = _base(size, dtype, device)
@@ -160,7 +162,7 @@ MEASURES = {
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a quantity."""
+    """One case per quantity."""
 
     def planned(name: str) -> Planned:
         case = {"name": name, "D": options.size, "rank": options.rank}

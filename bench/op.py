@@ -17,6 +17,7 @@ from bench.layer import DTYPES
 from bench.record import Planned, Progress
 from hra_kernels import ops, reference
 from hra_kernels.factors import factor_dtype
+from hra_kernels.measuring import stopwatch
 from hra_kernels.testing import cases, tolerance
 
 FLOOR = "copy"
@@ -133,7 +134,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
                 samplers[key] = timing.sampler(timed, device, len(sets))
             except Exception as failure:
                 row["why"] = catalog.reason(failure)
-    result = timing.interleave(
+    result = stopwatch.interleave(
         samplers,
         FLOOR,
         options.seconds,
@@ -141,15 +142,15 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
     )
     for key, samples in result.taken.items():
         row = rows[key]
-        row["seconds"] = timing.summary(samples.values())
-        row["ratio"] = timing.ratio_to_floor(samples, result.taken[FLOOR])
+        row["seconds"] = stopwatch.summary(samples.values())
+        row["ratio"] = stopwatch.ratio_to_floor(samples, result.taken[FLOOR])
         if row["op"] in TRAFFIC:
             row["of_bound"] = TRAFFIC[row["op"]] / row["ratio"]["median"]
     return record.entry(case, device, options.seconds, list(rows.values()), result)
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a shape, rank and dtype."""
+    """One case per shape, rank and dtype."""
     found = [
         {"name": str(shape), "M": shape.M, "D": shape.D, "dtype": dtype, "rank": rank}
         for shape in shapes.parse(options.shapes)

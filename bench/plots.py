@@ -1,28 +1,26 @@
-"""Plots from result files, each as PNG and SVG beside them."""
+"""Plots from result files, as SVG beside them."""
 
 import math
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter
 
-INK, MUTED, GRID = "#22303c", "#7b8894", "#e3e8ec"
-OURS, WY, PEFT_HRA, OTHER, FLOOR = "#0b8a8f", "#7a6fb0", "#d1495b", "#a9b4bd", "#22303c"
-COLOURS = {
+from bench.report import source
+from hra_kernels.measuring import style
+from hra_kernels.measuring.style import FLOOR, INK, MUTED, OTHER, OURS
+
+WY, WY_COMPILED = "#7a6fb0", "#a79fd0"
+COLORS = {
     "frozen": FLOOR,
     "ours": OURS,
     "ours-nn": "#5fb8bb",
     "wy-eager": WY,
-    "wy-compile": "#a79fd0",
-    "peft-hra": PEFT_HRA,
+    "wy-compile": WY_COMPILED,
+    "peft-hra": "#d1495b",
     "lora": "#e09f3e",
     "oft": "#8a9a5b",
     "copy": FLOOR,
@@ -30,55 +28,20 @@ COLOURS = {
     "cuda": OURS,
     "triton": "#2f6690",
     "reference": WY,
-    "compiled reference": "#a79fd0",
+    "compiled reference": WY_COMPILED,
 }
 MARKERS = "osD^vP*X"
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": GRID,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": GRID,
-    "xtick.color": MUTED,
-    "ytick.color": INK,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "svg.hashsalt": "hra_kernels",
-    "svg.fonttype": "none",
-}
 
 
 def color(provider: str) -> str:
-    return COLOURS.get(provider, OTHER)
+    return COLORS.get(provider, OTHER)
 
 
-@contextmanager
-def _figure(folder: Path, name: str, meta: dict, size: tuple[float, float], panels: int = 1) -> Iterator[list[Axes]]:
-    """Axes of one figure; saved on leaving, with the machine and the commit in its corner."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
-        yield list(axes[0])
-        figure.supxlabel(source(meta), fontsize=7.5, color=MUTED, x=0.995, ha="right")
-        for suffix in ("png", "svg"):
-            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            figure.savefig(folder / f"{name}.{suffix}", dpi=160, facecolor="white", metadata=metadata)
-        plt.close(figure)
-
-
-def source(meta: dict) -> str:
-    """Where numbers come from, in one line."""
-    machine = meta["gpu"]["name"] if meta["gpu"] else f"{meta['cpu']['name']}, {meta['cpu']['threads']} threads"
-    commit = (meta["commit"] or "unknown")[:9] + (" with changes" if meta["dirty"] else "")
-    return f"{machine} · torch {meta['versions']['torch']} · PEFT {meta['versions']['peft']} · commit {commit}"
+def _figure(
+    folder: Path, name: str, meta: dict, size: tuple[float, float], panels: int = 1
+) -> AbstractContextManager[list[Axes]]:
+    """Axes of one figure beside one another, with the machine and the commit in its corner."""
+    return style.figure(folder / f"{name}.svg", size, columns=panels, source=source(meta))
 
 
 def _times(value: float, _: object = None) -> str:
@@ -120,7 +83,7 @@ def _rows_axis(axes: Axes, methods: dict) -> None:
 
 
 def cost(folder: Path, name: str, title: str, runs: list[dict]) -> None:
-    """Cost over the floor by method: a mark a case, a bar at their median."""
+    """Cost over the floor by method: one mark per case, a bar at their median."""
     methods = {key: value for key, value in _by_provider(runs, "ratio").items() if key != "frozen"}
     with _figure(folder, name, runs[0]["meta"], (8.6, 1.5 + 0.36 * len(methods))) as (axes,):
         axes.set_xscale("log")
@@ -227,7 +190,7 @@ def scaling(folder: Path, name: str, title: str, runs: list[dict]) -> None:
 
 
 def draw(folder: Path, level: str, runs: list[dict]) -> list[Path]:
-    """Every plot of a level's file that its runs allow; the PNG files' paths."""
+    """Every plot of a level's file that its runs allow; the files' paths."""
     timed = [run for run in runs if any("ratio" in row for row in run["rows"])]
     if level == "layer" and timed:
         rank = f"R = {timed[0]['case']['rank']}, {timed[0]['case']['dtype']}"
@@ -239,4 +202,4 @@ def draw(folder: Path, level: str, runs: list[dict]) -> list[Path]:
         roofline(folder, "op-roofline", "The operators against a copy of x", timed)
     elif level == "scaling" and timed:
         scaling(folder, "scaling", "One adapted Linear, forward + backward", timed)
-    return sorted(folder.glob(f"{level}*.png"))
+    return sorted(folder.glob(f"{level}*.svg"))

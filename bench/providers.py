@@ -5,9 +5,8 @@ float64. The other methods compute functions of their own; each is checked again
 """
 
 import contextlib
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,26 +84,15 @@ class OneLayer(nn.Module):
         return self.layer(x)
 
 
-@contextlib.contextmanager
-def peft_hra(ours: bool) -> Iterator[None]:
+def peft_hra(ours: bool) -> contextlib.AbstractContextManager[None]:
     """Inside, PEFT builds our HRA layers or, whatever was switched on before, its own."""
-    if ours:
-        try:
-            import hra_kernels.peft as integration
-        except (ImportError, RuntimeError) as error:
-            raise Unavailable(str(error)) from error
-        with integration.enabled():
-            yield
-        return
-    integration = sys.modules.get("hra_kernels.peft")
-    switched_on = integration is not None and integration.is_enabled()
-    if switched_on:
-        integration.disable()
     try:
-        yield
-    finally:
-        if switched_on:
-            integration.enable()
+        import hra_kernels.peft as integration
+    except (ImportError, RuntimeError) as error:
+        if ours:
+            raise Unavailable(str(error)) from error
+        return contextlib.nullcontext()  # it never was switched on
+    return integration.enabled() if ours else integration.disabled()
 
 
 # --- the HRA family ---------------------------------------------------------------------------------------------------

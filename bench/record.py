@@ -1,14 +1,14 @@
 """Result files: what they hold, and what they say about the machine and the code.
 
-One JSON file a level in a folder a machine, `bench/results/<device>/<level>.json`:
+One JSON file per level in a folder per machine, `bench/results/<device>/<level>.json`:
 
     schema  1
     level   "op", "layer", "model", "numerics" or "scaling"
-    runs    a list, one entry a case; a case measured again replaces its entry
+    runs    a list, one entry per case; a case measured again replaces its entry
       case  its name, sizes, dtype, rank, ... (what identifies it)
       meta  commit, dirty, date, versions, device, threads, settings: see `describe`
       rounds  how many; how many were repeated because other processes ran, and how many were disturbed all the same
-      rows  one a provider
+      rows  one per provider
         provider, label    key and printed name
         why                null, or why there is no time: not available here, or wrong
         error              {tensor: relative Frobenius error against float64}
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 
 from bench import COMMIT_VARIABLE
-from bench.timing import Rounds
+from hra_kernels.measuring.stopwatch import Rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

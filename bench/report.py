@@ -1,102 +1,60 @@
-"""Tables from result files: on screen, and as the marked blocks of README.md."""
+"""What result files say, as pages: `bench/results/README.md`, and the block of the repository's README.
+
+Every section names the machine, versions and commit of its numbers, and says where other methods do better.
+"""
 
 import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from bench import numerics, record
+from bench.screen import number_text
+from hra_kernels.measuring.text import bytes_text, markdown_table, significant
 
-from bench import record
-
-
-def seconds_text(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds * 1e9:.0f} ns"
+OURS, FLOOR = "ours", "frozen"
+BEGIN, END = "<!-- bench:results -->", "<!-- /bench:results -->"
+REFERENCES, COMPILED = ("reference", "compiled reference"), ("cpu", "triton", "cuda")
+"""Backends in plain PyTorch, and those of kernels."""
+README_METHODS = ("ours", "lora", "oft", "peft-hra")
 
 
-def bytes_text(count: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"
+def source(meta: dict) -> str:
+    """Where numbers come from, in one line."""
+    threads = meta["cpu"]["threads"]
+    machine = meta["gpu"]["name"] if meta["gpu"] else f"{meta['cpu']['name']}, {threads} thread{'s'[: threads > 1]}"
+    commit = (meta["commit"] or "unknown")[:9] + (" with changes" if meta["dirty"] else "")
+    return f"{machine} · torch {meta['versions']['torch']} · PEFT {meta['versions']['peft']} · commit {commit}"
 
 
-def number_text(value: float | None) -> str:
-    """A small number; None stands for NaN or infinity, which JSON does not have."""
-    if value is None or not math.isfinite(value):
-        return "NaN"
-    return "0" if value == 0 else f"{value:.1e}"
+def provenance(runs: list[dict]) -> str:
+    """One line: where these runs were taken, and how many of their rounds were disturbed."""
+    sources = dict.fromkeys(source(run["meta"]) for run in runs)
+    disturbed = sum(run.get("rounds", {}).get("disturbed", 0) for run in runs)
+    rounds = sum(run.get("rounds", {}).get("rounds", 0) for run in runs)
+    busy = f" Other processes disturbed {disturbed:,} of {rounds:,} rounds." if disturbed else ""
+    return f"*{'; '.join(sources)}.{busy}*"
 
 
-def error_text(error: dict | None) -> str:
-    return f"{max(error.values()):.0e}" if error else ""
+# --- ratios -----------------------------------------------------------------------------------------------------------
 
 
-def spread_text(value: dict, text) -> str:
-    return f"{text(value['median'])} ({text(value['p20'])} to {text(value['p80'])})"
+def _median(row: dict) -> float:
+    return row["ratio"]["median"] if "ratio" in row else math.inf
 
 
-def _cells(row: dict, timed: bool) -> dict[str, str]:
-    """A row's columns as text; a row without a time says why in its place."""
-    cells = {"method": row["label"]} | ({"error": error_text(row.get("error"))} if timed else {})
-    if row.get("why"):
-        return cells | {"time" if timed else "values": row["why"][:60]}
-    if "seconds" in row:
-        cells["time"] = spread_text(row["seconds"], seconds_text)
-    if "ratio" in row:
-        cells["over floor"] = spread_text(row["ratio"], lambda x: f"{x:.3f}" if x < 10 else f"{x:.1f}")
-    if "of_bound" in row:
-        cells["of copy bound"] = f"{100 * row['of_bound']:.0f} %"
-    if "host_seconds" in row:
-        cells["with host"] = seconds_text(row["host_seconds"])
-    if "per_second" in row:
-        cells["rate"] = f"{row['per_second']:.4g} {row['unit']}/s"
-    for key, name in (("saved_beyond_x_bytes", "saved beyond x"), ("peak_bytes", "peak")):
-        if key in row:
-            cells[name] = bytes_text(row[key])
-    if "seconds" in row:
-        cells["rounds"] = str(row["seconds"]["rounds"])
-    return cells | {key: number_text(value) for key, value in row.get("values", {}).items()}
+def _over(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else significant(ratio)
 
 
-def show(runs: list[dict], console: Console) -> None:
-    """Print one aligned table a run."""
-    for run in runs:
-        timed = not any("values" in row for row in run["rows"])
-        rows = [_cells(row, timed) for row in run["rows"]]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        case = run["case"]
-        settings = [f"{key} {case[key]}" for key in ("dtype", "rank") if key in case]
-        disturbed = run.get("rounds", {}).get("disturbed", 0)
-        if disturbed:
-            settings.append(f"DISTURBED by other processes in {disturbed} of {run['rounds']['rounds']} rounds")
-        table = Table(title=", ".join([case["name"], *settings]), title_justify="left")
-        for name in names:
-            table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*(row.get(name, "") for name in names))
-        console.print(table)
-
-
-# --- README ---------------------------------------------------------------------------------------------------------
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+def _by_provider(run: dict) -> dict[str, dict]:
+    return {row["provider"]: row for row in run["rows"]}
 
 
 def _ratio(row: dict | None) -> str:
     if row is None:
         return ""
-    if "ratio" not in row:
-        return (row["why"] or "").split(":")[0]
-    median = row["ratio"]["median"]
-    return f"{median:.2f}" if median < 10 else f"{median:.1f}"
+    return _over(_median(row)) if "ratio" in row else (row["why"] or "").split(":")[0]
 
 
 def _ratio_table(runs: list[dict], more: Callable[[list[dict]], list[str]], header: list[str]) -> str:
@@ -105,71 +63,92 @@ def _ratio_table(runs: list[dict], more: Callable[[list[dict]], list[str]], head
     The longer of the two goes down the page.
     """
     labels = {row["provider"]: row["label"] for run in runs for row in run["rows"]}
-    by_run = [{row["provider"]: row for row in run["rows"]} for run in runs]
+    by_run = [_by_provider(run) for run in runs]
 
-    def weight(provider: str) -> float:
-        ratios = [rows[provider]["ratio"]["median"] for rows in by_run if "ratio" in rows.get(provider, {})]
+    def middle(provider: str) -> float:
+        ratios = [_median(rows[provider]) for rows in by_run if "ratio" in rows.get(provider, {})]
         return statistics.median(ratios) if ratios else math.inf
 
     table = [["", *(run["case"]["name"] for run in runs), "median", *header]]
-    for provider in sorted(labels, key=weight):
+    for provider in sorted(labels, key=middle):
         rows = [rows.get(provider) for rows in by_run]
-        middle = f"{weight(provider):.2f}" if weight(provider) < math.inf else ""
-        label = f"**{labels[provider]}**" if provider == "ours" else labels[provider]
-        table.append([label, *map(_ratio, rows), middle, *more([row for row in rows if row])])
+        label = f"**{labels[provider]}**" if provider == OURS else labels[provider]
+        center = _over(middle(provider)) if middle(provider) < math.inf else ""
+        table.append([label, *map(_ratio, rows), center, *more([row for row in rows if row])])
     if len(runs) > len(labels):
         table = [list(column) for column in zip(*table, strict=True)]
-    return _markdown(table[0], table[1:])
+    return markdown_table(table[0], table[1:])
 
 
-def _groups(runs: list[dict]) -> dict[tuple[str, int], list[dict]]:
-    """`runs` by dtype and rank."""
-    found: dict[tuple[str, int], list[dict]] = {}
-    for run in runs:
-        found.setdefault((run["case"]["dtype"], run["case"]["rank"]), []).append(run)
-    return found
+def _better(rows: dict[str, dict], value: Callable[[dict], float | None], text: Callable[[float], str]) -> list[str]:
+    """Methods whose printed value is smaller than ours; the floor and our own module do not count."""
+    ours = value(rows[OURS]) if OURS in rows else None
+    others = {name: value(row) for name, row in rows.items() if name not in (FLOOR, OURS, "ours-nn")}
+    found = [
+        f"{rows[name]['label']} {text(other)}"
+        for name, other in others.items()
+        if ours is not None and other is not None and other < ours and text(other) != text(ours)
+    ]
+    return [f"{', '.join(found)} against our {text(ours)}"] if found else []
 
 
-def _layer_block(runs: list[dict]) -> str:
+def losses(
+    what: str, runs: list[dict], value: Callable[[dict], float | None], text: Callable[[float], str] = _over
+) -> str:
+    """In which cases other methods do better than ours, `what` naming the comparison."""
+    lost = [f"{run['case']['name']}: {found}" for run in runs for found in _better(_by_provider(run), value, text)]
+    return f"**{what}**: {'; '.join(lost) or 'no method in any case'}."
+
+
+def time_losses(runs: list[dict]) -> str:
+    return losses("Faster than ours", runs, lambda row: row["ratio"]["median"] if "ratio" in row else None)
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _layer_section(runs: list[dict]) -> str:
     def more(rows: list[dict]) -> list[str]:
         saved = [row["saved_beyond_x_bytes"] for row in rows if "saved_beyond_x_bytes" in row]
         worst = [max(row["error"].values()) for row in rows if row.get("error")]
         return [bytes_text(max(saved)) if saved else "", f"{max(worst):.0e}" if worst else ""]
 
-    tables = [
-        f"{dtype}, R = {rank}:\n\n{_ratio_table(group, more, ['kept', 'error'])}"
-        for (dtype, rank), group in _groups(runs).items()
-    ]
+    def less_kept(group: list[dict]) -> str:
+        return losses("Less memory kept than ours", group, lambda row: row.get("saved_beyond_x_bytes"), bytes_text)
+
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for run in runs:
+        groups.setdefault((run["case"]["dtype"], run["case"]["rank"]), []).append(run)
+    tables = []
+    for (dtype, rank), group in groups.items():
+        table = _ratio_table(group, more, ["kept", "error"])
+        tables.append("\n\n".join([f"{dtype}, R = {rank}:", table, time_losses(group), less_kept(group)]))
     return (
-        "One adapted layer, forward and backward over the frozen layer alone (shapes are rows x in x out; an empty "
-        "cell was not measured; memory kept for backward beyond x, the most of all shapes; the worst relative error "
-        "against float64).\n\n" + "\n\n".join(tables)
+        "Forward and backward over the frozen layer alone. Shapes are rows x in x out; an empty cell was not measured. "
+        "*kept* is the memory kept for backward beyond x, the most of all shapes; *error* is the worst relative error "
+        "against float64.\n\n" + "\n\n".join(tables)
     )
 
 
-def _model_block(runs: list[dict]) -> str:
+def _model_section(runs: list[dict]) -> str:
     def rate_and_peak(row: dict | None) -> str:
-        return (
-            f"{row['per_second']:.3g} {row['unit']}/s, {bytes_text(row['peak_bytes'])}"
-            if row and "ratio" in row
-            else ""
-        )
+        if row is None or "ratio" not in row:
+            return ""
+        return f"{significant(row['per_second'])} {row['unit']}/s, {bytes_text(row['peak_bytes'])}"
 
     labels = {row["provider"]: row["label"] for run in runs for row in run["rows"]}
-    cells = [
-        [label, *(rate_and_peak(next((r for r in run["rows"] if r["provider"] == name), None)) for run in runs)]
-        for name, label in labels.items()
-    ]
+    by_run = [_by_provider(run) for run in runs]
+    cells = [[label, *(rate_and_peak(rows.get(name)) for rows in by_run)] for name, label in labels.items()]
     return (
-        "A whole training step over the frozen model's:\n\n"
+        "The time of a step over the frozen model's:\n\n"
         + _ratio_table(runs, lambda rows: [], [])
+        + f"\n\n{time_losses(runs)}"
         + "\n\nIts rate, and the most memory it holds beyond the model's own:\n\n"
-        + _markdown(["", *(run["case"]["name"] for run in runs)], cells)
+        + markdown_table(["", *(run["case"]["name"] for run in runs)], cells)
     )
 
 
-def _op_block(runs: list[dict]) -> str:
-    """Share of the copy bound by backend and shape."""
+def _op_section(runs: list[dict]) -> str:
     operators = ["reflect_fwd", "reflect_dx", "reflect_bwd"]
     shapes = list(dict.fromkeys(run["case"]["name"] for run in runs))
     found: dict[tuple, dict[str, dict[str, float]]] = {}
@@ -180,60 +159,117 @@ def _op_block(runs: list[dict]) -> str:
                 found.setdefault(setting, {}).setdefault(run["case"]["name"], {})[row["op"]] = row["of_bound"]
 
     def cell(shares: dict[str, float]) -> str:
-        return (
-            " / ".join(f"{100 * shares[name]:.0f}" if name in shares else "-" for name in operators) if shares else ""
-        )
+        if not shares:
+            return ""
+        return " / ".join(f"{100 * shares[name]:.0f}" if name in shares else "-" for name in operators)
 
     lines = [[*setting, *(cell(by_shape.get(name, {})) for name in shapes)] for setting, by_shape in found.items()]
+    lost = [
+        f"{provider} at {name}, {dtype}, R = {rank}, {operator}"
+        for (provider, dtype, rank), by_shape in found.items()
+        if provider in REFERENCES
+        for name, shares in by_shape.items()
+        for operator, share in shares.items()
+        if any(
+            share > found[other, dtype, rank].get(name, {}).get(operator, math.inf)
+            for other in COMPILED
+            if (other, dtype, rank) in found
+        )
+    ]
     return (
-        "The operators' share of the copy bound, per cent: forward / dx only / backward (rows x features are the "
-        "first two numbers of a shape):\n\n" + _markdown(["backend", "dtype", "R", *shapes], lines)
+        "Share of the copy bound, per cent: forward / dx only / backward. The first two numbers of a shape are rows x "
+        "features.\n\n"
+        + markdown_table(["backend", "dtype", "R", *shapes], lines)
+        + f"\n\n**Faster than a compiled backend**: {'; '.join(lost) or 'no plain PyTorch in any case'}."
     )
 
 
-def _numerics_block(runs: list[dict]) -> str:
-    lines = []
-    providers = {row["provider"]: row["label"] for run in runs for row in run["rows"]}
-    for run in runs:
-        values = {row["provider"]: row.get("values", {}) for row in run["rows"]}
-        for key in dict.fromkeys(key for found in values.values() for key in found):
-            cells = [number_text(values[name][key]) if key in values.get(name, {}) else "-" for name in providers]
-            lines.append([f"{run['case']['name']}, {key}", *cells])
-    return "Numerics (what each quantity is: `bench/numerics.py`):\n\n" + _markdown(["", *providers.values()], lines)
+def _scaling_section(runs: list[dict]) -> str:
+    return f"Forward and backward over the frozen layer alone, one size varied at a time.\n\n{time_losses(runs)}"
 
 
-BLOCKS = {"layer": _layer_block, "model": _model_block, "op": _op_block, "numerics": _numerics_block}
-
-
-def _plots(folder: Path, level: str) -> list[str]:
-    root = folder.parent.parent.parent
-    return [f"![{plot.stem}]({plot.relative_to(root)})" for plot in sorted(folder.glob(f"{level}*.svg"))]
-
-
-def results_section(results: Path, source: Callable[[dict], str]) -> str:
-    """README's results: for every machine its tables and plots."""
+def _numerics_section(runs: list[dict]) -> str:
     parts = []
+    for run in runs:
+        rows = [row for row in run["rows"] if row.get("values")]
+        keys = list(dict.fromkeys(key for row in rows for key in row["values"]))
+        cells = [
+            [row["label"], *(number_text(row["values"][key]) if key in row["values"] else "-" for key in keys)]
+            for row in rows
+        ]
+        by_provider = {row["provider"]: row for row in rows}
+        lost = [
+            f"{key}: {found}"
+            for key in keys
+            for found in _better(by_provider, lambda row, key=key: row["values"].get(key), number_text)
+        ]
+        name = run["case"]["name"]
+        lost = f"**Smaller than ours**: {'; '.join(lost) or 'no method in any case'}."
+        parts.append(f"{numerics.MEANING.get(name, name)}\n\n{markdown_table(['', *keys], cells)}\n\n{lost}")
+    return "\n\n".join(parts)
+
+
+SECTIONS: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
+    "layer": ("One adapted layer", _layer_section),
+    "op": ("The operators", _op_section),
+    "model": ("A whole training step", _model_section),
+    "scaling": ("Scaling", _scaling_section),
+    "numerics": ("Numerics", _numerics_section),
+}
+
+
+def _plots(folder: Path, stem: str, root: Path) -> list[str]:
+    return [f"![{plot.stem}]({plot.relative_to(root)})" for plot in sorted(folder.glob(f"{stem}*.svg"))]
+
+
+def _machines(results: Path) -> list[tuple[Path, dict[str, list[dict]]]]:
+    """(folder, {level: runs}) of every machine that has results."""
+    found = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         files = {path.stem: record.load(path)["runs"] for path in sorted(folder.glob("*.json"))}
-        if not files:
-            continue
-        sources = dict.fromkeys(source(run["meta"]) for runs in files.values() for run in runs)
-        busy = [
-            f"{run['case']['name']} ({level}): {run['rounds']['disturbed']} of {run['rounds']['rounds']}"
-            for level, runs in files.items()
-            for run in runs
-            if run.get("rounds", {}).get("disturbed")
-        ]
-        busy = f" Rounds that other processes disturbed: {'; '.join(busy)}." if busy else ""
-        parts.append(f"### {folder.name}\n\nMeasured on {'; '.join(sources)}.{busy}")
+        if files:
+            found.append((folder, {level: files[level] for level in SECTIONS if level in files}))
+    return found
+
+
+def results_page(results: Path) -> str:
+    """The page of all results: for every machine one section per level, and the summaries of training jobs."""
+    parts = ["# Results", "Written by `python -m bench report` from the JSON files beside it; what a case and a column "
+             "are is said in `bench/`."]  # fmt: skip
+    for folder, levels in _machines(results):
+        parts.append(f"## {folder.name}")
+        for level, runs in levels.items():
+            title, section = SECTIONS[level]
+            parts += [f"### {title}", provenance(runs), section(runs), *_plots(folder, level, results)]
         for page in sorted(folder.glob("*.md")):  # the summary that a training job writes
-            parts.append(f"`hra-kernels {page.stem.replace('-', ' ')}`: {page.read_text().strip()}")
-            parts += _plots(folder, page.stem)
-        for level in ("layer", "op", "model", "scaling", "numerics"):
-            if level in files and level in BLOCKS:
-                parts.append(BLOCKS[level](files[level]))
-            parts += _plots(folder, level)
-    return "\n\n".join(parts) or "No results yet."
+            parts += [f"### `hra-kernels {page.stem.replace('-', ' ')}`", page.read_text().strip()]
+            parts += _plots(folder, page.stem, results)
+    return "\n\n".join(parts) + "\n"
+
+
+def readme_block(results: Path, root: Path) -> str:
+    """README's share: per machine the figure of one adapted layer and a small table.
+
+    Args:
+        root: the folder of README, which links are relative to.
+    """
+    parts = []
+    for folder, levels in _machines(results):
+        runs = [run for run in levels.get("layer", []) if "ratio" in _by_provider(run).get(OURS, {})]
+        if not runs:
+            continue
+        rows = []
+        for name in README_METHODS:
+            found = [_by_provider(run)[name] for run in runs if "ratio" in _by_provider(run).get(name, {})]
+            if found:
+                ratios = sorted(map(_median, found))
+                spread = f"{_over(statistics.median(ratios))} ({_over(ratios[0])} to {_over(ratios[-1])})"
+                cells = [found[0]["label"], spread, bytes_text(max(row["saved_beyond_x_bytes"] for row in found))]
+                rows.append([f"**{cell}**" for cell in cells] if name == OURS else cells)
+        header = ["one adapted layer, forward and backward", "time over the frozen layer", "memory kept for backward"]
+        parts += [*_plots(folder, "layer-cost", root), markdown_table(header, rows), provenance(runs)]
+    path = (results / "README.md").relative_to(root)
+    return "\n\n".join([*parts, f"All results, and where other methods do better: [{path}]({path})."])
 
 
 def fill(text: str, content: str) -> str:
@@ -242,9 +278,8 @@ def fill(text: str, content: str) -> str:
     Raises:
         ValueError: the text has no such pair of markers.
     """
-    begin, end = "<!-- bench:results -->", "<!-- /bench:results -->"
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
+    before, found, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
     if not (found and closed):
-        raise ValueError(f"README: expected the markers {begin} and {end}, found {'one' if found else 'none'} of them")
-    return f"{before}{begin}\n{content}\n{end}{after}"
+        raise ValueError(f"README: expected the markers {BEGIN} and {END}, found {'one' if found else 'none'} of them")
+    return f"{before}{BEGIN}\n{content}\n{END}{after}"

@@ -53,7 +53,7 @@ def _stacked(count: int):
 
 
 def plan(options: argparse.Namespace) -> list[Planned]:
-    """A case a point of each sweep."""
+    """One case per point of each sweep."""
     device, dtype = options.device, layer.DTYPES[options.dtype]
 
     def planned(sweep: str, value: int) -> Planned:

@@ -31,7 +31,9 @@ into train, validation and test by --seed, or a folder with train, validation an
 """
 
 
-def _positive(kind: type) -> type:
+def positive(kind: type) -> type:
+    """An argument's type: `kind`, above zero and finite."""
+
     def parse(text: str):
         value = kind(text)
         if not 0 < value < float("inf"):
@@ -70,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("adapter", metavar="FOLDER", help="the HRA adapter: adapter_config.json and its weights")
     export.add_argument("--model", metavar="NAME_OR_FOLDER", help="base model (default: the one the adapter names)")
-    export.add_argument("--num-labels", type=_positive(int), metavar="N", help="classes of a classifier's head")
+    export.add_argument("--num-labels", type=positive(int), metavar="N", help="classes of a classifier's head")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the LoRA adapter")
     export.set_defaults(run=_export)
 
@@ -95,10 +97,10 @@ def _add_nlu(jobs) -> None:
     data.add_argument("--text", default="text", metavar="COLUMN", help="column with the sentence (default: text)")
     data.add_argument("--text-pair", metavar="COLUMN", help="column with a second sentence")
     data.add_argument("--label", default="label", metavar="COLUMN", help="column with the class (default: label)")
-    data.add_argument("--max-length", type=_positive(int), default=64, metavar="TOKENS", help="cut sentences (64)")
+    data.add_argument("--max-length", type=positive(int), default=64, metavar="TOKENS", help="cut sentences (64)")
 
     hra = nlu.add_argument_group("adapter")
-    hra.add_argument("--rank", type=_positive(int), default=8, metavar="R", help="reflections per layer (default: 8)")
+    hra.add_argument("--rank", type=positive(int), default=8, metavar="R", help="reflections per layer (default: 8)")
     hra.add_argument(
         "--target-modules",
         type=lambda text: [name for name in text.split(",") if name],
@@ -109,12 +111,12 @@ def _add_nlu(jobs) -> None:
     hra.add_argument("--apply-gs", action="store_true", help="Gram-Schmidt: reflect along orthogonal vectors")
 
     steps = nlu.add_argument_group("training")
-    steps.add_argument("--steps", type=_positive(int), metavar="N", help="optimizer steps (default: 300; quick: 50)")
-    steps.add_argument("--batch-size", type=_positive(int), default=32, metavar="N", help="sentences a step (32)")
-    steps.add_argument("--lr", type=_positive(float), default=3e-3, metavar="RATE", help="peak learning rate (3e-3)")
+    steps.add_argument("--steps", type=positive(int), metavar="N", help="optimizer steps (default: 300; quick: 50)")
+    steps.add_argument("--batch-size", type=positive(int), default=32, metavar="N", help="sentences a step (32)")
+    steps.add_argument("--lr", type=positive(float), default=3e-3, metavar="RATE", help="peak learning rate (3e-3)")
     steps.add_argument("--seed", type=int, default=0, help="of splits, head, adapter and order (default: 0)")
     steps.add_argument("--quick", action="store_true", help="fewer steps and sentences, under 90 seconds")
-    steps.add_argument("--threads", type=_positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
+    steps.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
     steps.add_argument("--no-compare", action="store_true", help="leave out the timing of the other methods")
     steps.add_argument("--out", type=Path, default=Path("runs/nlu"), metavar="DIR", help="results (default: runs/nlu)")
     nlu.set_defaults(run=_train_nlu)

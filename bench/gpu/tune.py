@@ -33,6 +33,7 @@ from hra_kernels import reference
 from hra_kernels.backends import cuda as cuda_backend
 from hra_kernels.backends import triton as triton_backend
 from hra_kernels.backends import tuning
+from hra_kernels.measuring import stopwatch
 from hra_kernels.testing import cases, tolerance
 from tests.cuda import emulation
 
@@ -112,7 +113,7 @@ class Bench:
                 self.call(0)
                 return time.perf_counter() - start, error
             sample = timing.sampler(timing.Variant(self.call), self.device, len(self.sets))
-            return timing.summary(sample() for _ in range(samples))["median"], error
+            return stopwatch.summary(sample() for _ in range(samples))["median"], error
         except Exception as reason:  # out of registers or shared memory, or the compiler gave up: all the same here
             print(f"    {type(reason).__name__}", flush=True)
             return None, float("nan")

@@ -115,7 +115,7 @@ def _m_strides(t: Tensor, transpose: bool) -> dict[str, int]:
 
 
 def _launch(kernel, name: str, grid, x: Tensor, mode: dict, **arguments) -> None:
-    config = select_config(name, x.element_size(), mode["BLOCK_R"], *x.shape)
+    config = select_config(name, x.element_size(), arguments["R"], *x.shape)
     kernel[grid(config)](
         **arguments, **mode, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
         num_warps=_num_warps(config), num_stages=config.num_stages,
@@ -198,7 +198,7 @@ def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
     s = _empty((M, R), torch.float32, device)
     t_strides = (1, R) if transpose else (R, 1)
     if fused:
-        rows = select_config("backward_rows", x.element_size(), mode["BLOCK_R"], M, D).block_m
+        rows = select_config("backward_rows", x.element_size(), R, M, D).block_m
         dt_count = min(_cdiv(M, rows), ROW_PROGRAMS)
     else:
         dt_count = min(_cdiv(M, 512), 64)
@@ -220,7 +220,7 @@ def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
     if R > FUSED_RANK:
         _combine(dx, dy, qm, v, mode)
     name = "backward_columns" if R <= FUSED_RANK else "backward_dv"
-    columns = select_config(name, x.element_size(), mode["BLOCK_R"], M, D)
+    columns = select_config(name, x.element_size(), R, M, D)
     rows_per_split, dv_count = _column_splits(M, D, R, columns.block_m, columns.block_d)
     dv_parts = dv[None] if dv_count == 1 else _empty((dv_count, R, D), torch.float32, device)
     _launch(

@@ -56,6 +56,7 @@ __all__ = [
     "HRALinear",
     "HRAModel",
     "disable",
+    "disabled",
     "enable",
     "enabled",
     "export_lora",
@@ -120,3 +121,15 @@ def enabled() -> Iterator[None]:
     finally:
         if not before:
             disable()
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """PEFT's own HRA layers inside the `with` block, and whatever was before after it."""
+    before = is_enabled()
+    disable()
+    try:
+        yield
+    finally:
+        if before:
+            enable()

@@ -6,7 +6,6 @@ layers; each time the test logits must agree. Last, a training step is timed bes
 """
 
 import argparse
-import contextlib
 import json
 import os
 import time
@@ -62,18 +61,6 @@ class Training:
     kept_step: int
     state: dict[str, Tensor]
     seconds: float
-
-
-@contextlib.contextmanager
-def stock_peft() -> Iterator[None]:
-    """PEFT's own HRA layers inside the `with` block."""
-    before = hra_kernels.peft.is_enabled()
-    hra_kernels.peft.disable()
-    try:
-        yield
-    finally:
-        if before:
-            hra_kernels.peft.enable()
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -140,7 +127,7 @@ def compare_saved(
         found["merged, no adapter left"] = compared(predict(merged, test))
         merged.save_pretrained(merged_to)
         base.tokenizer.save_pretrained(merged_to)
-    with stock_peft():
+    with hra_kernels.peft.disabled():
         found["loaded with PEFT's own HRA"] = compared(predict(saved_adapter(base, folder), test))
     return found
 
@@ -152,7 +139,7 @@ def compare_cost(
     config = hra_config(arguments.rank, arguments.target_modules, arguments.apply_gs)
     with hra_kernels.peft.enabled():
         ours = step_cost.Method(OURS, base.adapted(config))
-    with stock_peft():
+    with hra_kernels.peft.disabled():
         peft_hra = step_cost.Method(PEFT_HRA, base.adapted(config))
     for method in (ours, peft_hra):  # both go on from what was trained: at the start every reflection cancels
         set_peft_model_state_dict(method.model, state)
@@ -167,7 +154,7 @@ def compare_cost(
     source = shuffled_batches(data, arguments.batch_size, arguments.seed + 1)
     batches = [next(source) for _ in range(rounds)]
     with Progress(TextColumn("timing"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
-        task = progress.add_task("", total=rounds + step_cost.WARM_UP_STEPS)
+        task = progress.add_task("", total=rounds + len(methods))
         step_cost.measure(methods, batches, rounds, COST_SECONDS, lambda: progress.advance(task))
     return methods, step_cost.largest_loss_difference(ours, peft_hra)
 

@@ -1,40 +1,11 @@
-"""The two pictures of a training job, as PNG and SVG."""
+"""The two pictures of a training job, as SVG."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-OURS, PLAIN, SOFT, INK = "#1b6ca8", "#9aa5b1", "#c9d6e2", "#22303c"
-_STYLE = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": PLAIN,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.titlesize": 12,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hra-kernels",
-    "figure.dpi": 150,
-}
-
-
-def _save(figure, folder: Path, name: str) -> list[Path]:
-    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        # no date in the SVG: equal numbers give equal files
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
-    return paths
+from hra_kernels.measuring import style
+from hra_kernels.measuring.style import FLOOR, MUTED, OTHER, OURS
+from hra_kernels.measuring.text import seconds_text
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -51,18 +22,18 @@ def plot_training(
     majority: float,
 ) -> list[Path]:
     """Training loss by step over validation accuracy at each (step, accuracy) check, the chosen one marked."""
-    with plt.rc_context(_STYLE):
-        figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 5.6), sharex=True, height_ratios=[3, 2])
+    path = folder / "loss.svg"
+    with style.figure(path, (7.2, 5.6), rows=2, sharex=True, height_ratios=[3, 2]) as (top, bottom):
         steps = range(1, len(losses) + 1)
-        top.plot(steps, losses, color=SOFT, linewidth=1, label="each step")
+        top.plot(steps, losses, color=OTHER, linewidth=1, label="each step")
         window = max(1, len(losses) // 15)
         top.plot(steps, smoothed(losses, window), color=OURS, linewidth=2.2, label=f"mean of the last {window}")
         top.set_ylabel("training loss")
         top.set_ylim(bottom=0)
         top.set_title(title)
-        top.legend(frameon=False, loc="lower left")
+        top.legend(loc="lower left")
         xs, ys = [step for step, _ in checks], [100 * value for _, value in checks]
-        bottom.axhline(100 * majority, color=PLAIN, linewidth=1, linestyle=(0, (4, 3)))
+        bottom.axhline(100 * majority, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
         bottom.annotate(
             "always the most frequent class",
             (xs[-1], 100 * majority),
@@ -70,7 +41,7 @@ def plot_training(
             textcoords="offset points",
             ha="right",
             fontsize=9,
-            color=PLAIN,
+            color=MUTED,
         )
         bottom.plot(xs, ys, color=OURS, linewidth=2.2, marker="o", markersize=4.5)
         best = dict(checks)[chosen]
@@ -86,20 +57,20 @@ def plot_training(
         bottom.margins(y=0.15)
         bottom.set_ylabel("validation accuracy, %")
         bottom.set_xlabel("optimizer step")
-        return _save(figure, folder, "loss")
+    return [path]
 
 
 def plot_cost(folder: Path, title: str, rows: Sequence[tuple[str, float]], ours: str, floor: str) -> list[Path]:
     """A bar for each (method, seconds per step), with its multiple of the floor's."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(7.2, 0.5 * len(rows) + 1.4))
-        names, seconds = [name for name, _ in rows], [1e3 * value for _, value in rows]
-        floor_ms = dict(zip(names, seconds, strict=True))[floor]
-        bars = axes.barh(names, seconds, height=0.62, color=[OURS if name == ours else SOFT for name in names])
-        axes.axvline(floor_ms, color=PLAIN, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        for bar, value in zip(bars, seconds, strict=True):
+    path = folder / "cost.svg"
+    names, milliseconds = [name for name, _ in rows], [1e3 * value for _, value in rows]
+    floor_ms = dict(zip(names, milliseconds, strict=True))[floor]
+    with style.figure(path, (7.2, 0.5 * len(rows) + 1.4)) as (axes,):
+        bars = axes.barh(names, milliseconds, height=0.62, color=[OURS if name == ours else OTHER for name in names])
+        axes.axvline(floor_ms, color=FLOOR, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        for bar, value in zip(bars, milliseconds, strict=True):
             axes.annotate(
-                f"{value:.0f} ms   {value / floor_ms:.2f} ×",
+                f"{seconds_text(value / 1e3)}   {value / floor_ms:.2f} ×",
                 (value, bar.get_y() + bar.get_height() / 2),
                 (6, 0),
                 textcoords="offset points",
@@ -110,6 +81,6 @@ def plot_cost(folder: Path, title: str, rows: Sequence[tuple[str, float]], ours:
         axes.invert_yaxis()
         axes.margins(x=0.25)
         axes.set_xlabel(f"time per training step, ms (×: over “{floor}”)")
-        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
         axes.set_title(title)
-        return _save(figure, folder, "cost")
+    return [path]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from hra_kernels.measuring import stopwatch
 from hra_kernels.recipes.classifier import Base, Batch, optimizer_for, train_step
 
 WARM_UP_STEPS = 1
@@ -30,26 +31,23 @@ class Method:
         # small enough that every method stays near where it began: what is timed here is not a training
         self.optimizer = optimizer_for(self.model, lr=1e-5)
 
-    def step(self, batch: Batch, seed: int) -> None:
-        torch.manual_seed(seed)  # the same dropout for every method
-        _synchronize()
+    def step(self, batches: Sequence[Batch]) -> float:
+        """One step on the batch whose turn it is, the same for every method; its seconds."""
+        number, device = len(self.losses), next(self.model.parameters()).device
+        torch.manual_seed(number)  # the same dropout for every method
+        stopwatch.synchronize(device)
         start = time.perf_counter()
-        loss = train_step(self.model, self.optimizer, batch)
-        _synchronize()
-        self.seconds.append(time.perf_counter() - start)
-        self.losses.append(loss)
+        self.losses.append(train_step(self.model, self.optimizer, batches[number % len(batches)]))
+        stopwatch.synchronize(device)
+        return time.perf_counter() - start
 
     def median(self) -> float:
         return statistics.median(self.seconds)
 
     def summary(self) -> dict[str, float | int]:
-        p20, _, _, p80 = statistics.quantiles(self.seconds, n=5)
-        return {"median_s": self.median(), "p20_s": p20, "p80_s": p80, "steps": len(self.seconds)}
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        """{median_s, p20_s, p80_s, steps}."""
+        found = stopwatch.summary(self.seconds)
+        return {f"{key}_s": found[key] for key in ("median", "p20", "p80")} | {"steps": found["rounds"]}
 
 
 def frozen(base: Base, through: bool) -> nn.Module:
@@ -70,20 +68,23 @@ def frozen(base: Base, through: bool) -> nn.Module:
 def measure(
     methods: Sequence[Method], batches: Sequence[Batch], rounds: int, seconds: float, progress: Callable[[], None]
 ) -> None:
-    """Time every method: rounds of one step each, until `rounds` are done or the time is up, but 5 at least."""
-    started = None
-    for number in range(-WARM_UP_STEPS, rounds):
-        if number == 0:
-            started = time.monotonic()
-        if number >= 5 and time.monotonic() - started > seconds:
-            return
-        for method in methods:
-            method.step(batches[number % len(batches)], seed=number + WARM_UP_STEPS)
-            if number < 0:
-                method.seconds.clear()
+    """Time every method by one step in each of up to `rounds` rounds over about `seconds`; in 5 rounds at least.
+
+    Args:
+        progress: called after each round.
+    """
+    for method in methods:
+        for _ in range(WARM_UP_STEPS):
+            method.step(batches)
         progress()
+    samplers = {method.name: lambda method=method: method.step(batches) for method in methods}
+    found = stopwatch.interleave(
+        samplers, None, seconds, min_rounds=5, max_rounds=rounds, advance=lambda fraction: progress()
+    )
+    for method in methods:
+        method.seconds = list(found.taken[method.name].values())
 
 
 def largest_loss_difference(one: Method, other: Method) -> float:
     """Over the steps both have done, relative to the loss."""
-    return max(abs(a - b) / abs(b) for a, b in zip(one.losses, other.losses, strict=True))
+    return max(abs(a - b) / abs(b) for a, b in zip(one.losses, other.losses, strict=False))

@@ -1,15 +1,8 @@
-"""The results of a training job as a page of Markdown: `summary.md`, and a block of README."""
+"""The results of a training job as a page of Markdown: `summary.md`, and a section of bench/results/README.md."""
 
 from typing import Any
 
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+from hra_kernels.measuring.text import markdown_table, percent_text, seconds_text
 
 
 def markdown(results: dict[str, Any], ours: str, floor: str) -> str:
@@ -30,20 +23,20 @@ def markdown(results: dict[str, Any], ours: str, floor: str) -> str:
         + (f", commit {where['commit']}" if where["commit"] else "")
     )
     rows = [
-        ["always the most frequent class", _percent(found["majority"]), ""],
-        ["before: pretrained, new head", _percent(found["before"]), ""],
-        ["**after**", f"**{_percent(found['after'])}**", ""],
+        ["always the most frequent class", percent_text(found["majority"]), ""],
+        ["before: pretrained, new head", percent_text(found["before"]), ""],
+        ["**after**", f"**{percent_text(found['after'])}**", ""],
     ]
     for name, saved in results["saved"].items():
-        rows.append([name, _percent(saved["accuracy"]), f"{saved['max_logit_difference']:.1e}"])
-    parts = [intro + ".", _table(["test split", "accuracy", "largest logit difference"], rows)]
+        rows.append([name, percent_text(saved["accuracy"]), f"{saved['max_logit_difference']:.1e}"])
+    parts = [intro + ".", markdown_table(["test split", "accuracy", "largest logit difference"], rows)]
     if "step_cost" in results:
         base = results["step_cost"][floor]["median_s"]
         rows = []
         for name, cost in results["step_cost"].items():
-            row = [name, f"{1e3 * cost['median_s']:.0f} ms", f"{cost['median_s'] / base:.2f}"]
+            row = [name, seconds_text(cost["median_s"]), f"{cost['median_s'] / base:.2f}"]
             rows.append([f"**{cell}**" for cell in row] if name == ours else row)
-        parts.append(_table(["one training step", "median", f"over “{floor}”"], rows))
+        parts.append(markdown_table(["one training step", "median", f"over “{floor}”"], rows))
         parts.append(
             f"{results['times_faster_than_peft_hra']:.1f} times faster than PEFT's HRA on the same batches, with the "
             f"same losses (largest relative difference {results['largest_loss_difference_from_peft_hra']:.0e})."

@@ -205,10 +205,10 @@ def pretend_gpu() -> Iterator[None]:
 
 if __name__ == "__main__":
     from bench import __main__ as bench
-    from bench import models, providers, timing
+    from bench import networks, providers, timing
 
     # what is imported under the pretence would keep it
-    providers.BY_NAME["ours"].build_model(models.MODELS["llama-tiny"].build(), ["q_proj"], 2)
+    providers.BY_NAME["ours"].build_model(networks.MODELS["llama-tiny"].build(), ["q_proj"], 2)
     timing.WARM_UP_S = 0.01
     with pretend_gpu():
         sys.exit(bench.main([*sys.argv[1:], "--device", "cuda"]))

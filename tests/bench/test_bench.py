@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 
 from bench import __main__ as cli
 from bench import layer, model, op, providers, record, report, shapes, timing
+from hra_kernels.measuring import stopwatch
 
 DEVICE = torch.device("cpu")
 SHAPE = shapes.linear(24, 64, 32)
@@ -122,7 +123,7 @@ def test_our_layer_is_ours_and_peft_hra_is_pefts():
 
 
 def test_a_whole_model_that_ignores_its_adapters_is_refused():
-    from bench.models import MODELS
+    from bench.networks import MODELS
 
     spec = MODELS["llama-tiny"]
     torch.manual_seed(0)
@@ -145,31 +146,31 @@ def test_rounds_are_shared_and_the_slow_sit_out():
         return sample
 
     samplers = {"floor": sampler(1e-4), "fast": sampler(1e-4), "slow": sampler(1e-2)}
-    result = timing.interleave(samplers, "floor", 0.05, min_rounds=4, max_rounds=20)
+    result = stopwatch.interleave(samplers, "floor", 0.05, min_rounds=4, max_rounds=20)
     assert len(result.taken["slow"]) == 4
     assert sorted(result.taken["floor"]) == list(range(result.rounds))
-    assert timing.ratio_to_floor(result.taken["slow"], result.taken["floor"])["median"] == pytest.approx(100)
+    assert stopwatch.ratio_to_floor(result.taken["slow"], result.taken["floor"])["median"] == pytest.approx(100)
 
 
 def test_a_ratio_is_taken_within_its_round():
     drifting = {k: 1.0 + k for k in range(10)}
     twice = {k: 2 * seconds for k, seconds in drifting.items()}
-    assert timing.ratio_to_floor(twice, drifting) == {"median": 2, "p20": 2, "p80": 2, "rounds": 10}
+    assert stopwatch.ratio_to_floor(twice, drifting) == {"median": 2, "p20": 2, "p80": 2, "rounds": 10}
 
 
 def test_disturbed_rounds_are_repeated_and_counted(monkeypatch):
     answers = iter([True, True, False] + [False] * 3 + [True] * 100)
-    monkeypatch.setattr(timing.HeldUp, "disturbed", lambda self: next(answers))
+    monkeypatch.setattr(stopwatch.HeldUp, "disturbed", lambda self: next(answers))
     counter = iter(range(1000))
-    result = timing.interleave({"a": lambda: float(next(counter))}, "a", 60, min_rounds=5, max_rounds=5)
+    result = stopwatch.interleave({"a": lambda: float(next(counter))}, "a", 60, min_rounds=5, max_rounds=5)
     assert (result.rounds, result.repeated, result.disturbed) == (5, 5, 1)
     assert next(iter(result.taken["a"].values())) == 3  # call 0 is the estimate, 1 and 2 were thrown away
 
 
 def test_being_held_up_is_seen(monkeypatch):
     reads = iter([(0.0, 1.0), (1.0, 1.04), (2.0, 1.10)])
-    monkeypatch.setattr(timing.HeldUp, "_read", staticmethod(lambda: next(reads)))
-    clock = timing.HeldUp()
+    monkeypatch.setattr(stopwatch.HeldUp, "_read", staticmethod(lambda: next(reads)))
+    clock = stopwatch.HeldUp()
     assert not clock.disturbed()  # 40 ms of a second
     assert clock.disturbed()  # 60 ms of a second
 
@@ -234,7 +235,9 @@ def test_every_level_leaves_a_file_a_table_and_plots(level, tmp_path, capsys):
     assert cli.main(["report", "--results", str(out.parent), "--readme", str(readme)]) == 0
     filled = readme.read_text()
     assert filled.startswith("before\n") and filled.endswith("after\n") and "stale" not in filled
-    assert "### machine" in filled and (level == "scaling" or "| --- |" in filled)
+    assert ("time over the frozen layer" in filled) == (level == "layer")
+    page = (out.parent / "README.md").read_text()
+    assert f"### {report.SECTIONS[level][0]}" in page and page.count("commit") >= 1 and "e+" not in page
 
 
 def test_a_case_that_fails_spares_the_others_and_missing_ones_can_be_asked_for(tmp_path, monkeypatch, capsys):
@@ -253,7 +256,7 @@ def test_a_case_that_fails_spares_the_others_and_missing_ones_can_be_asked_for(t
         return [planned(name) for name in "abc"]
 
     monkeypatch.setattr(cli.layer, "plan", plan)
-    monkeypatch.setattr(cli.report, "show", lambda runs, console: None)
+    monkeypatch.setattr(cli.screen, "show", lambda runs, console: None)
     arguments = ["layer", "--device", "cpu", "--no-plots", "--out", str(tmp_path)]
     with pytest.raises(SystemExit):
         cli.main(arguments)
@@ -274,7 +277,7 @@ def test_a_file_without_markers_is_left_alone():
         (["layer", "--shapes", "12x"], "shape: expected MxDxN"),
         (["layer", "--shapes", "0x4x4"], "shape: expected MxDxN"),
         (["layer", "--providers", "nobody"], "expected one of frozen"),
-        (["layer", "--seconds", "-1"], "expected a positive number"),
+        (["layer", "--seconds", "-1"], "invalid positive number value: '-1'"),
         (["layer", "--missing"], "--missing: expected --out or --save"),
     ],
 )

@@ -177,7 +177,7 @@ def test_job_saved_what_it_trained(job):
 def test_job_leaves_its_results(job):
     results, out = job
     names = {path.name for path in out.iterdir()}
-    pictures = {"loss.png", "loss.svg", "cost.png", "cost.svg"}
+    pictures = {"loss.svg", "cost.svg"}
     assert names == {"adapter", "merged", "results.json", "summary.md"} | pictures
     assert f"{results['times_faster_than_peft_hra']:.1f} times faster" in (out / "summary.md").read_text()
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))

@@ -113,7 +113,7 @@ interpreter.InterpretedFunction.__call__ = _call_device_function
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
-_SHIPPED = dict(tuning.CONFIGS)
+_SHIPPED = tuning.CONFIGS[tuning.DEFAULT]
 _COARSE = [(tuning.WIDE, tuning.WIDE, tuning.LaunchConfig(64, 256, 4, 1))]
 
 
@@ -121,6 +121,6 @@ _COARSE = [(tuning.WIDE, tuning.WIDE, tuning.LaunchConfig(64, 256, 4, 1))]
 def coarse_tiles(request, monkeypatch):
     """The interpreter's time goes with the number of tiles, so most tests run larger ones than those that ship."""
     if "shipped_tiles" not in request.fixturenames:
-        monkeypatch.setattr(tuning, "CONFIGS", dict.fromkeys(_SHIPPED, _COARSE))
+        monkeypatch.setattr(tuning, "CONFIGS", {tuning.DEFAULT: dict.fromkeys(_SHIPPED, _COARSE)})
         monkeypatch.setattr(triton_backend, "GRAM_BLOCK_D", 128)
         monkeypatch.setattr(triton_backend, "SCALE_BLOCK_D", 512)

@@ -1,6 +1,6 @@
 """Every launch the Triton backend makes, compiled to machine code for GPUs that are not here.
 
-    python -m tests.triton.machine_code [--target sm_90] [--kernel reflect]      prints one line a kernel and target
+    python -m tests.triton.machine_code [--target sm_90] [--kernel reflect]      prints one line per kernel and target
 
 The backend's own launchers run on meta tensors and are overheard: signature, alignment and tile sizes are what a GPU
 would be given, so no list of configurations can go stale.
@@ -98,20 +98,21 @@ class _Overheard:
 
 
 def launches_of(call: Callable[[], None], target: str = "sm_90") -> list[Launch]:
-    """Every distinct launch that `call` makes, as on `target`."""
+    """Every distinct launch that `call` makes, with the table of `target` and as on it."""
     found: dict[Launch, None] = {}
-    with mock.patch.multiple(
+    backend = mock.patch.multiple(
         triton_backend,
         _is_amd=lambda: TARGETS[target].backend == "hip",
         _kernels=lambda: _overhear(triton_kernels, found),
         _factor_kernels=lambda: _overhear(triton_factor_kernels, found),
-    ):
+    )
+    with backend, mock.patch.object(tuning, "architecture", lambda: target):
         call()
     return list(found)
 
 
 def launches(target: str) -> list[Launch]:
-    """Every distinct launch over shapes that reach every line of `tuning`'s tables."""
+    """Every distinct launch over shapes that reach every line of the table that `tuning` has for `target`."""
 
     def call():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -232,7 +233,7 @@ def compile_all(targets: list[str], kernels: str = "", workers: int = 2) -> list
 
 
 def table(results: list[Compiled]) -> str:
-    """Aligned lines, one a launch and target."""
+    """Aligned lines, one per launch and target."""
     width = max(len(str(result.launch)) for result in results)
     lines = [f"{'launch':{width}}  target  regs  shared  stack  spills  16-byte  matrix instructions"]
     for result in results:

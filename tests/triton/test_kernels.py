@@ -1,5 +1,6 @@
 """What only the Triton kernels can get wrong: on a GPU where there is one, else in Triton's interpreter."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -197,18 +198,27 @@ def test_launches(dtype, monkeypatch):
         assert len(counted) == launches, counted
 
 
-SHIPPED = sorted(tuning.CONFIGS)
+SHIPPED = sorted(
+    {
+        (*key, *dataclasses.astuple(config))
+        for tables in tuning.CONFIGS.values()
+        for key, lines in tables.items()
+        for _, _, config in lines
+    }
+)
+"""(kernel, bytes per element, rank, *tile) of every architecture's every line."""
 
 
-@pytest.mark.parametrize("key", SHIPPED, ids=str)
-def test_shipped_tiles(key, shipped_tiles):
+@pytest.mark.parametrize("line", SHIPPED, ids=lambda line: "-".join(map(str, line)))
+def test_shipped_tiles(line, shipped_tiles, monkeypatch):
     """The tile sizes that ship, where the other tests run coarser ones: more than one tile each way, none whole."""
-    kernel, element_size, block_r = key
+    (kernel, element_size, rank), config = line[:3], tuning.LaunchConfig(*line[3:])
+    tables = tuning.CONFIGS.get(tuning.architecture(), tuning.CONFIGS[tuning.DEFAULT])
+    monkeypatch.setitem(tables, line[:3], [(tuning.WIDE, tuning.WIDE, config)])
     dtype = torch.float32 if element_size == 4 else torch.bfloat16
     # the columns that make the launchers take this line of the table
     wide = 40 if kernel in ("reflect", "backward_columns") else 70
-    R = {16: 8 if element_size == 2 else 9, 32: 19, 64: wide}[block_r]
-    config = tuning.select_config(*key, 4, 4)
+    R = {8: 8, 16: 9, 32: 19, 64: wide}[rank]
     M, D = config.block_m + 3, config.block_d + 5
     x, dy, v, t = reflect_inputs(M, D, R, dtype)
     naive_results, exact = reflect_bounds(x, dy, v, t, False)

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from hra_kernels.backends import tuning
 from tests.triton import machine_code
 from tests.triton import releases as triton_releases
 
@@ -66,3 +67,16 @@ def test_a_fat_tile_is_rejected():
     constants = tuple((name, {"BLOCK_M": 256, "BLOCK_D": 256}.get(name, value)) for name, value in launch.constants)
     fat = machine_code.Launch(launch.kernel, launch.signature, constants, launch.aligned, launch.options)
     assert machine_code.compile_launch(fat, "sm_90").problems()
+
+
+def test_each_architecture_is_gated_against_its_own_table(monkeypatch):
+    """A tile that was tuned for one chip, and fits no other, is launched and judged on that chip alone."""
+    key, line = ("reflect", 2, 8), (tuning.WIDE, tuning.WIDE, tuning.LaunchConfig(128, 512, 8, 4))
+    tuned = tuning.CONFIGS[tuning.DEFAULT] | {key: [line]}
+    monkeypatch.setitem(tuning.CONFIGS, "sm_90", tuned)
+
+    def has_it(target):
+        options = [launch for launch in machine_code.launches(target) if ("BLOCK_M", 128) in launch.constants]
+        return any(("BLOCK_D", 512) in launch.constants for launch in options)
+
+    assert has_it("sm_90") and not any(has_it(target) for target in machine_code.TARGETS if target != "sm_90")
