@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hra_kernels
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ import transformers
 from peft import HRAConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError
 from hra_kernels.recipes.text_data import Example
 
 Batch = dict[str, Tensor]

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 import hra_kernels.peft
 from hra_kernels import env, ops
-from hra_kernels.recipes import packages, plots, step_cost, summary, text_data
+from hra_kernels.recipes import RecipeError, packages, plots, step_cost, summary, text_data
 from hra_kernels.recipes.classifier import (
     Base,
     Batch,
@@ -40,7 +40,6 @@ from hra_kernels.recipes.classifier import (
     shuffled_batches,
     train_step,
 )
-from hra_kernels.recipes.errors import RecipeError
 
 STEPS, QUICK_STEPS = 300, 50
 QUICK_EVALUATED = 300  # validation and test sentences with --quick

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hra_kernels.recipes import packages
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError, packages
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 MOST_CLASSES = 200

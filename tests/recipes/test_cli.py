@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from hra_kernels import cli, ops
-from hra_kernels.recipes import packages
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError, packages
 
 
 def run(*arguments, **options):
