@@ -44,6 +44,14 @@ def positive(kind: type) -> type:
     return parse
 
 
+def _seed(text: str) -> int:
+    # further values are none that PyTorch takes
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}")
+    return value
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hra-kernels",
@@ -114,7 +122,7 @@ def _add_nlu(jobs) -> None:
     steps.add_argument("--steps", type=positive(int), metavar="N", help="optimizer steps (default: 300; quick: 50)")
     steps.add_argument("--batch-size", type=positive(int), default=32, metavar="N", help="sentences per step (32)")
     steps.add_argument("--lr", type=positive(float), default=3e-3, metavar="RATE", help="peak learning rate (3e-3)")
-    steps.add_argument("--seed", type=int, default=0, help="of splits, head, adapter and order (default: 0)")
+    steps.add_argument("--seed", type=_seed, default=0, help="of splits, head, adapter and order (default: 0)")
     steps.add_argument("--quick", action="store_true", help="fewer steps and sentences, under 90 seconds")
     steps.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
     steps.add_argument("--no-compare", action="store_true", help="leave out the timing of the other methods")

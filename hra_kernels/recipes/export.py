@@ -1,17 +1,15 @@
 """`hra-kernels export`: a saved HRA adapter as a LoRA adapter, exactly, for what serves LoRA alone."""
 
 import argparse
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator
 
 import transformers
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model_state_dict, load_peft_weights
 
 import hra_kernels.peft
 from hra_kernels.peft.layer import ReflectionLayer
-from hra_kernels.recipes import RecipeError, reason
+from hra_kernels.recipes import RecipeError, reason, refusing
 from hra_kernels.recipes.saving import written_whole
 
 _AUTO_CLASSES = {
@@ -24,23 +22,9 @@ _AUTO_CLASSES = {
 _WEIGHT_FILES = "adapter_model.safetensors", "adapter_model.bin"
 
 
-@contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
-    """Whatever is raised inside as one sentence that begins with `what`.
-
-    Around calls of other libraries on files of the user: what these raise for a bad file is of every kind.
-    """
-    try:
-        yield
-    except RecipeError:
-        raise
-    except Exception as error:
-        raise RecipeError(f"{what}: {reason(error)}") from error
-
-
 def _config(adapter: str) -> PeftConfig:
     """The adapter's configuration, checked as far as PEFT does not."""
-    with _refusing(f"{adapter} must be a folder with the adapter_config.json of an HRA adapter"):
+    with refusing(f"{adapter} must be a folder with the adapter_config.json of an HRA adapter"):
         try:
             config = PeftConfig.from_pretrained(adapter)
         except KeyError as kind:
@@ -58,11 +42,11 @@ def _config(adapter: str) -> PeftConfig:
 def _load(adapter: str, config: PeftConfig, name: str, num_labels: int | None) -> PeftModel:
     """The base model of this name with the adapter, every tensor of which has found its layer and the reverse."""
     options = {} if num_labels is None else {"num_labels": num_labels}
-    with _refusing(f"the base model {name} does not load"):
+    with refusing(f"the base model {name} does not load"):
         base = _AUTO_CLASSES.get(config.task_type, transformers.AutoModel).from_pretrained(name, **options)
-    with _refusing(f"the weights of {adapter}, {' or '.join(_WEIGHT_FILES)}, do not load"):
+    with refusing(f"the weights of {adapter}, {' or '.join(_WEIGHT_FILES)}, do not load"):
         saved = load_peft_weights(adapter, device="cpu")
-    with _refusing(f"{adapter} does not fit {name}"), hra_kernels.peft.enabled(), warnings.catch_warnings():
+    with refusing(f"{adapter} does not fit {name}"), hra_kernels.peft.enabled(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error, below
         model = PeftModel.from_pretrained(base, adapter)
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy
 
 import hra_kernels.peft
 from hra_kernels import env, ops
-from hra_kernels.recipes import RecipeError, packages, plots, step_cost, summary, text_data
+from hra_kernels.recipes import RecipeError, packages, plots, refusing, step_cost, summary, text_data
 from hra_kernels.recipes.classifier import (
     Base,
     Batch,
@@ -268,7 +268,8 @@ def _fit(job: Job) -> tuple[PeftModel, Training, Tensor, dict[str, Any]]:
         model = job.adapted()
     trainable, total = model.get_nb_trainable_parameters()
     parameter = next(model.parameters())
-    backend = ops.select_backend(parameter.device, parameter.dtype, arguments.rank)
+    with refusing(ops.BACKEND_VARIABLE):
+        backend = ops.select_backend(parameter.device, parameter.dtype, arguments.rank)
     console.print(f"model   {job.model_name}, {total / 1e6:.1f} M parameters, {trainable:,} trained")
     console.print(f"data    {job.splits.source}: " + ", ".join(f"{n} {part}" for part, n in job.sizes.items()))
     console.print(

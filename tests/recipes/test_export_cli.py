@@ -14,24 +14,16 @@ from safetensors.torch import load_file, save_file
 
 import hra_kernels.peft
 from hra_kernels import cli
+from tests.recipes.tiny import save_base
 
 TARGETS = ["query", "value"]
-
-
-def tiny_bert(hidden: int = 16) -> transformers.BertModel:
-    torch.manual_seed(0)
-    return transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=8, hidden_size=hidden, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
-        )
-    )
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with a tiny base model, `base`, and an adapter of it, `adapter`."""
     folder = tmp_path_factory.mktemp("export")
-    tiny_bert().save_pretrained(folder / "base")
+    save_base(folder / "base")
     base = transformers.BertModel.from_pretrained(folder / "base")
     with hra_kernels.peft.enabled():
         model = get_peft_model(base, HRAConfig(r=4, target_modules=TARGETS))
@@ -144,7 +136,7 @@ def test_a_damaged_base_model_is_one_line(saved, adapter, tmp_path, name, conten
 
 
 def test_a_base_model_of_another_width(adapter, tmp_path, capsys):
-    tiny_bert(hidden=32).save_pretrained(tmp_path / "wide")
+    save_base(tmp_path / "wide", hidden=32)
     assert "size mismatch" in refused(capsys, adapter, "--model", tmp_path / "wide", "--out", tmp_path / "lora")
 
 
