@@ -1,27 +1,27 @@
-"""The command line: `hra-kernels env | fetch | train | export | bench`.
+"""The command line: `hra-kernels env | verify | fetch | train | export`.
 
 Only torch is imported before a command is chosen; what a command needs beyond it is imported by that command, and a
 missing package is answered with the pip command that brings it.
 """
 
 import argparse
+import contextlib
 import importlib
-import importlib.util
 import json
-import subprocess
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hra_kernels
-from hra_kernels.recipes.errors import RecipeError
-
-CHECKOUT = Path(__file__).resolve().parent.parent
+from hra_kernels import verify
+from hra_kernels.recipes import RecipeError
 
 TRAIN_NLU_EPILOG = """\
 examples:
   hra-kernels train nlu                                  MiniLM-L6 on movie-review sentences, 2 to 6 minutes on 2 cores
-  hra-kernels train nlu --quick                          the same in little, under 90 seconds
+  hra-kernels train nlu --quick                          fewer steps and sentences, under 90 seconds
   hra-kernels train nlu --data mine.csv --text review --label stars
   hra-kernels train nlu --model ./my-model --target-modules query,value --rank 16
 
@@ -32,7 +32,7 @@ into train, validation and test by --seed, or a folder with train, validation an
 
 
 def positive(kind: type) -> type:
-    """An argument's type: `kind`, above zero and finite."""
+    """An argparse type: a finite number of this kind (int or float) above zero."""
 
     def parse(text: str):
         value = kind(text)
@@ -42,6 +42,14 @@ def positive(kind: type) -> type:
 
     parse.__name__ = f"positive {'integer' if kind is int else 'number'}"
     return parse
+
+
+def _seed(text: str) -> int:
+    # further values are none that PyTorch takes
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="versions, and which backends run here and if not, why")
     env.add_argument("--json", action="store_true", help="as JSON")
     env.set_defaults(run=_env)
+
+    check = commands.add_parser("verify", help="check the backends that run here against float64, in under a minute")
+    verify.add_arguments(check)
+    check.set_defaults(run=verify.main)
 
     fetch = commands.add_parser("fetch", help="get a job's default model and data, once")
     fetch.add_argument("job", choices=["nlu"])
@@ -75,10 +87,6 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--num-labels", type=positive(int), metavar="N", help="classes of a classifier's head")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the LoRA adapter")
     export.set_defaults(run=_export)
-
-    bench = commands.add_parser("bench", help="the benchmarks (in a checkout): arguments go to `python -m bench`")
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
-    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -112,9 +120,9 @@ def _add_nlu(jobs) -> None:
 
     steps = nlu.add_argument_group("training")
     steps.add_argument("--steps", type=positive(int), metavar="N", help="optimizer steps (default: 300; quick: 50)")
-    steps.add_argument("--batch-size", type=positive(int), default=32, metavar="N", help="sentences a step (32)")
+    steps.add_argument("--batch-size", type=positive(int), default=32, metavar="N", help="sentences per step (32)")
     steps.add_argument("--lr", type=positive(float), default=3e-3, metavar="RATE", help="peak learning rate (3e-3)")
-    steps.add_argument("--seed", type=int, default=0, help="of splits, head, adapter and order (default: 0)")
+    steps.add_argument("--seed", type=_seed, default=0, help="of splits, head, adapter and order (default: 0)")
     steps.add_argument("--quick", action="store_true", help="fewer steps and sentences, under 90 seconds")
     steps.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
     steps.add_argument("--no-compare", action="store_true", help="leave out the timing of the other methods")
@@ -159,22 +167,48 @@ def _export(arguments: argparse.Namespace) -> int:
     return _import_for("hra_kernels.recipes.export", "peft").main(arguments)
 
 
-def _bench(arguments: argparse.Namespace) -> int:
-    if not (CHECKOUT / "bench" / "__main__.py").is_file():
-        raise RecipeError(f"the benchmarks come with the source, not with the package: no bench/ beside {CHECKOUT}")
-    return subprocess.run([sys.executable, "-m", "bench", *arguments.arguments], cwd=CHECKOUT, check=False).returncode
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is half written goes."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+@contextlib.contextmanager
+def _termination_raised() -> Iterator[None]:
+    def stop(number, frame):
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        return arguments.run(arguments)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        with _termination_raised():
+            arguments = build_parser().parse_args(argv)
+            return arguments.run(arguments)
     except RecipeError as error:
         print(f"hra-kernels: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("hra-kernels: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number, what = (
+            (signal.SIGTERM, "terminated") if isinstance(stop, _Terminated) else (signal.SIGINT, "interrupted")
+        )
+        print(f"hra-kernels: {what}", *stop.args, sep="; ", file=sys.stderr)
+        return 128 + number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit status: 2 after bad input, 128 and the signal's number where one ended the command."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has left, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

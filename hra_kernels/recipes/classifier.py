@@ -9,7 +9,7 @@ import transformers
 from peft import HRAConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError, refusing
 from hra_kernels.recipes.text_data import Example
 
 Batch = dict[str, Tensor]
@@ -52,12 +52,8 @@ class Base:
         """Raises RecipeError if transformers finds no tokenizer for this name or folder."""
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        try:
+        with refusing(f"--model {source}: expected a model name or folder, got"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"--model {source}: expected a model name or folder, got: {_first_line(error)}"
-            ) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +62,7 @@ class Base:
     def model(self) -> nn.Module:
         """The pretrained model with a head drawn from the seed: two calls give equal models."""
         torch.manual_seed(self.seed)
-        try:
+        with refusing(f"--model {self.source}: expected a classifier, got"):
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 self.source,
                 num_labels=len(self.classes),
@@ -74,8 +70,6 @@ class Base:
                 label2id={name: i for i, name in enumerate(self.classes)},
                 ignore_mismatched_sizes=True,
             )
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"--model {self.source}: expected a classifier, got: {_first_line(error)}") from error
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.device).eval()
 
@@ -84,7 +78,8 @@ class Base:
         model = self.model()
         _check_targets(model, config.target_modules)
         torch.manual_seed(self.seed)
-        return get_peft_model(model, config)
+        with refusing("--target-modules"):
+            return get_peft_model(model, config)
 
     def encode(self, examples: Sequence[Example], max_length: int) -> Encoded:
         texts = [example.text for example in examples]
@@ -96,18 +91,15 @@ class Base:
         return Encoded(rows, labels, lambda chosen: dict(self.tokenizer.pad(chosen, return_tensors="pt")))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
 def _check_targets(model: nn.Module, targets) -> None:
     if isinstance(targets, str):  # "all-linear" or a regular expression, which PEFT reads
         return
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     missing = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
-    if missing:
+    if missing or not targets:
         raise RecipeError(
-            f"--target-modules: expected names of Linear layers ({', '.join(sorted(names))}), got {', '.join(missing)}"
+            f"--target-modules: expected names of Linear layers ({', '.join(sorted(names))}), "
+            f"got {', '.join(missing) or 'none'}"
         )
 
 

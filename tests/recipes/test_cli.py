@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from hra_kernels import cli, ops
-from hra_kernels.recipes import packages
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError, packages
 
 
 def run(*arguments, **options):
@@ -16,7 +15,7 @@ def run(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
 
 
-@pytest.mark.parametrize("arguments", [[], ["env"], ["fetch"], ["train"], ["train", "nlu"], ["bench"]])
+@pytest.mark.parametrize("arguments", [[], ["env"], ["fetch"], ["train"], ["train", "nlu"], ["verify"], ["export"]])
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, "--help"])
@@ -40,6 +39,10 @@ def test_help_of_the_main_job_names_its_options(capsys):
         (["train", "nlu", "--rank", "0"], "--rank: invalid positive integer value: '0'"),
         (["train", "nlu", "--lr", "nan"], "--lr: invalid positive number value: 'nan'"),
         (["train", "nlu", "--steps", "1.5"], "--steps: invalid positive integer value: '1.5'"),
+        (
+            ["train", "nlu", "--seed", str(2**70)],
+            "--seed: expected an integer of 64 bits, got '1180591620717411303424'",
+        ),
         (["fetch", "everything"], "invalid choice: 'everything'"),
     ],
 )
@@ -82,12 +85,6 @@ sys.exit(cli.main(["train", "nlu"]))
     assert done.returncode == 2, done.stderr
     assert "pip install 'hra-kernels[train]'" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_bench_without_a_checkout(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(cli, "CHECKOUT", tmp_path)
-    assert cli.main(["bench"]) == 2
-    assert "come with the source" in capsys.readouterr().err
 
 
 def test_fetch_offline_says_what_to_run(monkeypatch, tmp_path):

@@ -15,8 +15,7 @@ from rich.console import Console
 
 import hra_kernels.peft
 from hra_kernels import cli
-from hra_kernels.recipes import nlu, packages, text_data
-from hra_kernels.recipes.errors import RecipeError
+from hra_kernels.recipes import RecipeError, nlu, packages, text_data
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,51 @@
+"""Results that are there whole or not at all, whatever ends the process that writes them."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from hra_kernels.recipes import RecipeError, reason
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path, forgetting: Sequence[str] = ()) -> Iterator[Path]:
+    """An empty folder to write into; what it holds at the end of the `with` block is moved into `folder`.
+
+    Nothing is moved if the block raises. A process that is killed leaves a folder `.partial` at most, which the next
+    call removes.
+
+    Args:
+        folder: made where missing; entries of the same names are replaced, others stay.
+        forgetting: further entries to remove, because what is written makes them out of date.
+
+    Raises:
+        RecipeError: no such folder can be made, or the disk is full.
+    """
+    partial = folder / ".partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        partial.mkdir()
+        try:
+            yield partial
+            entries = sorted(partial.iterdir())
+            for name in {*forgetting, *(entry.name for entry in entries)}:
+                _remove(folder / name)
+            for entry in entries:
+                os.replace(entry, folder / entry.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or reason(error)
+        raise RecipeError(f"--out {folder}: cannot write this folder ({said})") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
