@@ -98,18 +98,18 @@ const char* describe(Status status);
 
 // How rows are shared out. D is at most kLargestCluster slices.
 struct Clusters {
-  int64_t slice;  // columns of a block: 512, 1024 or, where no dt is wanted, 2048
+  int64_t slice;  // columns of a block: 512, 1024 or, in the forward, 2048
   int64_t count;  // clusters that share out the rows: any number is right, and those that run at once are fastest
 };
 
-// How many clusters of this slice run at once on the current device, for the forward or a backward with dt; 0: it forms
-// none of this size. Takes the driver microseconds: ask once for each device, kernel and D.
+// How many clusters of this slice run at once on the current device; 0: it forms none of this size. Takes the driver
+// microseconds: ask once for each device, kernel and D.
 Status resident_clusters(bool backward, int64_t D, int64_t R, DType dtype, int64_t slice, int64_t& count);
 
 Status reflect_fwd(const ReflectFwdParams& params, const Clusters& clusters, void* stream);
-// `workspace`: as many bytes as asked for (none where only dx is wanted), 16-byte aligned, free for other use once the
-// stream has passed.
-int64_t reflect_bwd_workspace_bytes(const ReflectBwdParams& params, const Clusters& clusters);
+// dx, dv and dt, none of them null: dx alone is the forward of dy with the other `transpose`. `workspace`: as many bytes
+// as asked for, 16-byte aligned, free for other use once the stream has passed.
+int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, const Clusters& clusters);
 Status reflect_bwd(const ReflectBwdParams& params, const Clusters& clusters, void* workspace, void* stream);
 
 }  // namespace cuda

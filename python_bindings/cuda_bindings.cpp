@@ -100,12 +100,7 @@ void reflect_fwd(uintptr_t y, uintptr_t p, uintptr_t x, uintptr_t v, uintptr_t t
 int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, int64_t slice, int64_t clusters) {
   const char* op = "reflect_bwd";
   check_sizes(op, M, D, R, true, slice);
-  hra::ReflectBwdParams params{};
-  params.dt_ptr = &params;  // asked for
-  params.M = M;
-  params.D = D;
-  params.R = R;
-  return hra::cuda::reflect_bwd_workspace_bytes(params, clusters_of(op, slice, clusters));
+  return hra::cuda::reflect_bwd_workspace_bytes(M, D, R, clusters_of(op, slice, clusters));
 }
 
 void reflect_bwd(uintptr_t dx, uintptr_t dv, uintptr_t dt, uintptr_t dy, uintptr_t x, uintptr_t v, uintptr_t t,
@@ -113,20 +108,19 @@ void reflect_bwd(uintptr_t dx, uintptr_t dv, uintptr_t dt, uintptr_t dy, uintptr
                  int64_t stride_xm, int dtype, bool transpose, int64_t slice, int64_t clusters, uintptr_t workspace,
                  int64_t workspace_bytes, uintptr_t stream) {
   const char* op = "reflect_bwd";
-  const bool only_dx = dt == 0;  // then dv, x and p may be null too
-  check_sizes(op, M, D, R, !only_dx, slice);
+  check_sizes(op, M, D, R, true, slice);
   check_stride(op, "stride_dxm", stride_dxm, D, M);
   check_stride(op, "stride_dym", stride_dym, 0, M);
   check_stride(op, "stride_xm", stride_xm, 0, M);
   hra::ReflectBwdParams params{};
-  params.dx_ptr = pointer(op, "dx", dx, only_dx ? M * D : 0);
-  params.dv_ptr = pointer(op, "dv", dv, only_dx ? 0 : R * D);
-  params.dt_ptr = pointer(op, "dt", dt, 0);
+  params.dx_ptr = pointer(op, "dx", dx, M * D);
+  params.dv_ptr = pointer(op, "dv", dv, R * D);
+  params.dt_ptr = pointer(op, "dt", dt, R * R);
   params.dy_ptr = pointer(op, "dy", dy, M * D);
-  params.x_ptr = pointer(op, "x", x, only_dx ? 0 : M * D);
+  params.x_ptr = pointer(op, "x", x, M * D);
   params.v_ptr = pointer(op, "v", v, R * D);
   params.t_ptr = pointer(op, "t", t, R * R);
-  params.p_ptr = pointer(op, "p", p, only_dx ? 0 : M * R);
+  params.p_ptr = pointer(op, "p", p, M * R);
   params.M = M;
   params.D = D;
   params.R = R;
@@ -136,7 +130,7 @@ void reflect_bwd(uintptr_t dx, uintptr_t dv, uintptr_t dt, uintptr_t dy, uintptr
   params.dtype = dtype_of(op, dtype);
   params.transpose = transpose;
   const hra::cuda::Clusters found = clusters_of(op, slice, clusters);
-  const int64_t needed = hra::cuda::reflect_bwd_workspace_bytes(params, found);
+  const int64_t needed = hra::cuda::reflect_bwd_workspace_bytes(M, D, R, found);
   if (workspace_bytes < needed) {
     reject(op, "workspace_bytes", "at least " + std::to_string(needed), std::to_string(workspace_bytes));
   }

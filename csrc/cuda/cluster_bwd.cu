@@ -15,7 +15,7 @@ namespace {
 
 template <typename T>
 struct ClusterBackwardArguments {
-  Rows<T> dx;       // dx.ptr may be null
+  Rows<T> dx;
   float* dv_parts;  // (clusters, R, D), sign not yet changed
   float* dm_parts;  // (clusters * cluster, R, R), sign not yet changed
   Rows<const T> dy, x;
@@ -133,12 +133,10 @@ __global__ void __launch_bounds__(kThreads, kSlice == 512 && kTermsOf<T> == 1 ? 
     sync_warp();  // x's place is free
     if (more) copy_rows<kWarpColumns>(shared.x, to.x, row0 + step, column0, column);
     cp_async_commit();
-    if (to.dx.ptr) {
-      reflect_rows<kWarpColumns>(
-          to.dx,
-          [&](int group, int half) { return *RowsInFlight<T, kWarpColumns>::place(shared.dy, column, group, half); },
-          Coefficients16<kRank>(qm_terms), shared.v, column, row0, column0);
-    }
+    reflect_rows<kWarpColumns>(
+        to.dx,
+        [&](int group, int half) { return *RowsInFlight<T, kWarpColumns>::place(shared.dy, column, group, half); },
+        Coefficients16<kRank>(qm_terms), shared.v, column, row0, column0);
     dy = next;
   }
   store_transposed(to.dv_parts + cluster_index * R * to.v.columns, R, to.v.columns, dv, column0);
@@ -222,18 +220,11 @@ Status resident_clusters(bool backward, int64_t D, int64_t R, DType dtype, int64
                   : resident_clusters_fwd(D, R, dtype, slice, count);
 }
 
-int64_t reflect_bwd_workspace_bytes(const ReflectBwdParams& params, const Clusters& clusters) {
-  if (!params.dt_ptr) return 0;
-  const int64_t middle_parts = cluster_size(params.D, clusters.slice);
-  return 4 * busy_clusters(params.M, clusters) * params.R * (params.D + middle_parts * params.R);
+int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, const Clusters& clusters) {
+  return 4 * busy_clusters(M, clusters) * R * (D + cluster_size(D, clusters.slice) * R);
 }
 
 Status reflect_bwd(const ReflectBwdParams& params, const Clusters& clusters, void* workspace, void* stream) {
-  if (!params.dt_ptr) {
-    return reflect_fwd({params.dx_ptr, nullptr, params.dy_ptr, params.v_ptr, params.t_ptr, params.M, params.D, params.R,
-                        params.stride_dxm, params.stride_dym, params.dtype, !params.transpose},
-                       clusters, stream);
-  }
   const int64_t parts = busy_clusters(params.M, clusters);
   auto* dv_parts = static_cast<float*>(workspace);
   float* dm_parts = dv_parts + parts * params.R * params.D;
