@@ -65,9 +65,11 @@ class CudaBackend(Backend):
             return f"it needs compute capability 9.0, {device} has {torch.cuda.get_device_capability(device)}"
         return None
 
-    def why_unsupported(self, device: torch.device, dtype: torch.dtype, rank: int, width: int) -> str | None:
+    def why_unsupported(
+        self, device: torch.device, dtype: torch.dtype, rank: int, width: int | None = None
+    ) -> str | None:
         reason = super().why_unsupported(device, dtype, rank, width)
-        if reason:
+        if reason or width is None:
             return reason
         for backward in (False, True):
             slice_d, clusters = self._clusters(backward, device, dtype, rank, width)
@@ -91,8 +93,8 @@ class CudaBackend(Backend):
         with _on(device):
             function(*arguments, stream)
 
-    def why_factor_unsupported(self, device: torch.device, dtype: torch.dtype, rank: int, width: int) -> str | None:
-        return self._factors.why_factor_unsupported(device, dtype, rank, width)
+    def why_factor_unsupported(self, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+        return self._factors.why_factor_unsupported(device, dtype, rank)
 
     def wy_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
         return self._factors.wy_factor(u, apply_gs)
