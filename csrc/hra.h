@@ -86,8 +86,8 @@ const char* thread_pool();
 }  // namespace cpu
 
 // Reflections on NVIDIA GPUs of compute capability 9.0, for bfloat16 and float16 x and up to 16 vectors; pointers are
-// device pointers. A cluster of thread blocks holds whole rows on chip, and each block a slice of their columns. Each call
-// launches on `stream` (a cudaStream_t) of the current device and returns at once; nothing is allocated.
+// device pointers. A cluster of thread blocks holds whole rows on chip, and each block a slice of their columns. Each
+// call launches on `stream` (a cudaStream_t) of the current device and returns at once; nothing is allocated.
 namespace cuda {
 
 constexpr int64_t kMaxRank = 16, kLargestCluster = 16;
@@ -107,8 +107,8 @@ struct Clusters {
 Status resident_clusters(bool backward, int64_t D, int64_t R, DType dtype, int64_t slice, int64_t& count);
 
 Status reflect_fwd(const ReflectFwdParams& params, const Clusters& clusters, void* stream);
-// dx, dv and dt, none of them null: dx alone is the forward of dy with the other `transpose`. `workspace`: as many bytes
-// as asked for, 16-byte aligned, free for other use once the stream has passed.
+// dx, dv and dt, none of them null: dx alone is the forward of dy with the other `transpose`. `workspace`: as many
+// bytes as asked for, 16-byte aligned, free for other use once the stream has passed.
 int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, const Clusters& clusters);
 Status reflect_bwd(const ReflectBwdParams& params, const Clusters& clusters, void* workspace, void* stream);
 

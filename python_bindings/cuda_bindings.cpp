@@ -166,8 +166,8 @@ PYBIND11_MODULE(HRA_MODULE_NAME, m) {
         "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "clusters"_a, "stream"_a);
   m.def("reflect_bwd_workspace_bytes", &reflect_bwd_workspace_bytes, "M"_a, "D"_a, "R"_a, "slice"_a, "clusters"_a);
   m.def("reflect_bwd", &reflect_bwd, "dx"_a, "dv"_a, "dt"_a, "dy"_a, "x"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,
-        "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "clusters"_a,
-        "workspace"_a, "workspace_bytes"_a, "stream"_a);
+        "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "clusters"_a, "workspace"_a,
+        "workspace_bytes"_a, "stream"_a);
 #ifdef HRA_EMULATION
   m.def("launches", &launches, "(blocks, blocks per cluster, shared bytes) of each launch since the last call.");
   m.def("emulate", &emulate, "seed"_a, "Chooses the schedule of the launches that follow.");

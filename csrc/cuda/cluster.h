@@ -118,7 +118,9 @@ Status with_kernel(DType dtype, int64_t R, int64_t slice, Visitor visit) {
     }
     return slice == 512 ? visit(zero, rank, Constant<512>{}) : visit(zero, rank, Constant<1024>{});
   };
-  auto with_rank = [&](auto zero) { return R <= 8 ? with_slice(zero, Constant<8>{}) : with_slice(zero, Constant<16>{}); };
+  auto with_rank = [&](auto zero) {
+    return R <= 8 ? with_slice(zero, Constant<8>{}) : with_slice(zero, Constant<16>{});
+  };
   return dtype == DType::kBFloat16 ? with_rank(bf16{}) : with_rank(fp16{});
 }
 

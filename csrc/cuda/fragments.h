@@ -233,13 +233,22 @@ template <int kRank>
 __device__ __forceinline__ void times(Result<kRank>& product, const Terms<3, kRank>& p, const MiddleTile& m) {
   uint32_t a[3][4];
   p.rows(a);
-  uint32_t b[2][3][2];
+  uint32_t b[2][3][2], r[4];
   const int lane = lane_id();
+  if constexpr (kRank ==
+                8) {  // the three terms of m's first 8 x 8, all that p's 8 columns meet; the fourth is not used
+    ldmatrix<true>(r, m.at(lane / 8 % 3, lane % 8, 0));
 #pragma unroll
-  for (int term = 0; term < 3; ++term) {
-    uint32_t r[4];
-    ldmatrix<true>(r, m.at(term, lane % 16, lane / 16 * 8));
-    two_tiles(b, term, r);
+    for (int term = 0; term < 3; ++term) {
+      b[0][term][0] = r[term];
+      b[0][term][1] = 0;
+    }
+  } else {
+#pragma unroll
+    for (int term = 0; term < 3; ++term) {
+      ldmatrix<true>(r, m.at(term, lane % 16, lane / 16 * 8));
+      two_tiles(b, term, r);
+    }
   }
 #pragma unroll
   for (int n = 0; n < kRank / 8; ++n) {

@@ -50,7 +50,7 @@ cudaLaunchConfig_t configuration(const Launch& how, cudaLaunchAttribute* attribu
 
 cudaError_t allow_clusters(const void* kernel) {
   static std::mutex mutex;
-  static std::set<std::pair<int, const void*>> allowed;
+  static std::set<std::pair<int, const void*> > allowed;
   int device = 0, most_shared = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;

@@ -1,5 +1,5 @@
-// Tiles of activations and of v (as bfloat16 terms) in shared memory, and how v gets there. Row pitches are padded by 16
-// bytes, which spreads the eight rows of a matrix fragment over all banks.
+// Tiles of activations and of v (as bfloat16 terms) in shared memory, and how v gets there. Row pitches are padded by
+// 16 bytes, which spreads the eight rows of a matrix fragment over all banks.
 #pragma once
 
 #include "split.h"

@@ -119,12 +119,12 @@ SLICES = {
     ("forward", 8): [
         (4096, 512),  # two blocks a multiprocessor: one computes while the other waits for the exchange
         (8192, 1024),  # two blocks here too, and clusters of the portable 8
-        (16384, 2048),  # one block with 64 KiB of loads in flight; clusters of 8 at D = 16384, where 1024 needs 16
+        (32768, 2048),  # one block with 64 KiB of loads in flight; clusters of 8 at D = 16384, where 1024 needs 16
     ],
     ("forward", 16): [
         (1024, 512),  # narrow rows: two blocks
         (8192, 1024),  # the exchange is twice as much for each tile: half as many tiles
-        (16384, 2048),  # as above
+        (32768, 2048),  # as above
     ],
     ("backward", 8): [
         (4096, 512),  # two blocks, likewise
@@ -149,6 +149,9 @@ def select_config(kernel: str, element_size: int, block_r: int, M: int, D: int) 
 
 
 def select_slice(direction: str, rank: int, D: int) -> int:
-    """Columns of x that one block of a cluster holds on chip, for `direction` "forward" or "backward"."""
-    lines = SLICES[direction, 8 if rank <= 8 else 16]
-    return next(size for most_d, size in lines if most_d >= D)
+    """Columns of x that one block of a cluster holds on chip, for `direction` "forward" or "backward"; 0: two sweeps.
+
+    A wish: csrc/cuda/cluster.h falls back to the sweeps where it cannot be (float32, before sm_90).
+    """
+    lines = SLICES[direction, 8 if rank <= 8 else 16] if rank <= 16 else []
+    return next((size for most_d, size in lines if most_d >= D), 0)

@@ -171,10 +171,6 @@ MUTANTS = {
     "x read before it is there": (
         "cluster_bwd.cu", "cluster_bwd.cu", "cp_async_wait<0>();", "", check_reflections,
     ),
-    "dy's place read before other lanes have filled it": (
-        "cluster_bwd.cu", "cluster_bwd.cu", "sync_warp();  // all lanes' parts of dy and x are here", "",
-        check_reflections,
-    ),
     "v's columns as they lie": (
         "cluster.h", "cluster_fwd.cu", "return fragment_column(column + at);", "return column + at;",
         check_reflections,
@@ -185,7 +181,10 @@ MUTANTS = {
     "m's two tiles the same": (
         "fragments.h", "cluster_fwd.cu", "lane % 16, lane / 16 * 8)", "lane % 16, 0)", check_ragged,
     ),
-    "v as one term": ("split.h", "cluster_fwd.cu", "i + j <= kOrder", "j == 0", check_reflections),
+    "m's first term for all": (
+        "fragments.h", "cluster_fwd.cu", "m.at(lane / 8 % 3, lane % 8, 0)", "m.at(0, lane % 8, 0)", check_reflections,
+    ),
+    "v as one term": ("split.h", "cluster_fwd.cu", "if (i + j <= kOrder)", "if (j == 0)", check_reflections),
     "float16 as one term": ("split.h", "cluster_fwd.cu", "kTermsOf<fp16> = 2", "kTermsOf<fp16> = 1", check_ragged),
     "m transposed": (
         "fragments.h", "cluster_fwd.cu", "return m.transpose ? ", "return !m.transpose ? ", check_reflections,
