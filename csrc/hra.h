@@ -26,7 +26,6 @@ struct ReflectFwdParams {
   int64_t stride_ym, stride_xm;
   DType dtype;  // of x and y
   bool transpose;
-  int64_t slice = 0;  // cuda: columns that one block of a cluster holds (512, 1024, 2048); 0: two sweeps over x
 };
 
 struct ReflectBwdParams {
@@ -42,7 +41,6 @@ struct ReflectBwdParams {
   int64_t stride_dxm, stride_dym, stride_xm;
   DType dtype;  // of x, dy and dx
   bool transpose;
-  int64_t slice = 0;  // cuda: as above, 512 or 1024; without dt the forward's
 };
 
 struct WyFactorFwdParams {
@@ -87,25 +85,32 @@ const char* thread_pool();
 
 }  // namespace cpu
 
-// Kernels for NVIDIA GPUs from compute capability 8.0 on, for float32, bfloat16 and float16; pointers are device
-// pointers. Each call launches on `stream` (a cudaStream_t) of the current device and returns at once; nothing is
-// allocated.
+// Reflections on NVIDIA GPUs of compute capability 9.0, for bfloat16 and float16 x and up to 16 vectors; pointers are
+// device pointers. A cluster of thread blocks holds whole rows on chip, and each block a slice of their columns. Each
+// call launches on `stream` (a cudaStream_t) of the current device and returns at once; nothing is allocated.
 namespace cuda {
 
-constexpr int64_t kMaxRank = 64;
+constexpr int64_t kMaxRank = 16, kLargestCluster = 16;
 
 // 0, or what describe() puts into words.
 using Status = int;
 const char* describe(Status status);
 
-Status reflect_fwd(const ReflectFwdParams& params, void* stream);
-// `workspace`: as many bytes as asked for (none where only dx is wanted), 16-byte aligned, free for other use once the
-// stream has passed.
-Status reflect_bwd_workspace_bytes(const ReflectBwdParams& params, int64_t& bytes);
-Status reflect_bwd(const ReflectBwdParams& params, void* workspace, void* stream);
-// `count` layers of any shapes, as few launches as their number allows.
-Status wy_factor_fwd(const WyFactorFwdParams* layers, int64_t count, void* stream);
-Status wy_factor_bwd(const WyFactorBwdParams* layers, int64_t count, void* stream);
+// How rows are shared out. D is at most kLargestCluster slices.
+struct Clusters {
+  int64_t slice;  // columns of a block: 512, 1024 or, in the forward, 2048
+  int64_t count;  // clusters that share out the rows: any number is right, and those that run at once are fastest
+};
+
+// How many clusters of this slice run at once on the current device; 0: it forms none of this size. Takes the driver
+// microseconds: ask once for each device, kernel and D.
+Status resident_clusters(bool backward, int64_t D, int64_t R, DType dtype, int64_t slice, int64_t& count);
+
+Status reflect_fwd(const ReflectFwdParams& params, const Clusters& clusters, void* stream);
+// dx, dv and dt, none of them null: dx alone is the forward of dy with the other `transpose`. `workspace`: as many
+// bytes as asked for, 16-byte aligned, free for other use once the stream has passed.
+int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, const Clusters& clusters);
+Status reflect_bwd(const ReflectBwdParams& params, const Clusters& clusters, void* workspace, void* stream);
 
 }  // namespace cuda
 }  // namespace hra

@@ -55,7 +55,7 @@ _library.define(
 
 
 def _backend(x: Tensor, rank: int) -> Backend:
-    return BACKENDS[select_backend(x.device, x.dtype, rank)]
+    return BACKENDS[select_backend(x.device, x.dtype, rank, x.shape[-1])]
 
 
 def _factor_backend(u: Tensor) -> Backend:

@@ -1,5 +1,5 @@
 // hra_kernels._cuda: device pointers and sizes in, checked here, passed on to csrc/hra.h (namespace cuda). The same
-// source, with HRA_EMULATION, is the module `_emulated`, whose device is the model in csrc/cuda/emulation.
+// source, with HRA_EMULATION, is the module `_emulated`, whose device is the model in tests/cuda/emulation.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -31,26 +31,35 @@ void check(const char* op, hra::cuda::Status status) {
 
 DType dtype_of(const char* op, int code) {
   const auto dtype = static_cast<DType>(code);
-  if (dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
-    reject(op, "dtype", "0 (float32), 2 (bfloat16) or 3 (float16)", std::to_string(code));
+  if (dtype != DType::kBFloat16 && dtype != DType::kFloat16) {
+    reject(op, "dtype", "2 (bfloat16) or 3 (float16)", std::to_string(code));
   }
   return dtype;
 }
 
-void check_sizes(const char* op, int64_t M, int64_t D, int64_t R) {
+void check_sizes(const char* op, int64_t M, int64_t D, int64_t R, bool backward, int64_t slice) {
+  if (slice != 512 && slice != 1024 && (backward || slice != 2048)) {
+    reject(op, "slice", backward ? "512 or 1024" : "512, 1024 or 2048", std::to_string(slice));
+  }
   if (M < 0) reject(op, "M", "at least 0", std::to_string(M));
-  if (D < 0) reject(op, "D", "at least 0", std::to_string(D));
+  const int64_t widest = hra::cuda::kLargestCluster * slice;
+  if (D < 0 || D > widest) reject(op, "D", "between 0 and " + std::to_string(widest), std::to_string(D));
   if (R < 0 || R > hra::cuda::kMaxRank) {
     reject(op, "R", "between 0 and " + std::to_string(hra::cuda::kMaxRank), std::to_string(R));
   }
 }
 
-// 0 asks for the sweeps; a slice that cannot run here gets them too.
-int64_t slice_of(const char* op, int64_t slice) {
-  if (slice != 0 && slice != 512 && slice != 1024 && slice != 2048) {
-    reject(op, "slice", "0, 512, 1024 or 2048", std::to_string(slice));
-  }
-  return slice;
+hra::cuda::Clusters clusters_of(const char* op, int64_t slice, int64_t clusters) {
+  if (clusters < 1) reject(op, "clusters", "at least 1", std::to_string(clusters));
+  return {slice, clusters};
+}
+
+int64_t resident_clusters(bool backward, int64_t D, int64_t R, int dtype, int64_t slice) {
+  const char* op = "resident_clusters";
+  check_sizes(op, 0, D, R, backward, slice);
+  int64_t count = 0;
+  check(op, hra::cuda::resident_clusters(backward, D, R, dtype_of(op, dtype), slice, count));
+  return count;
 }
 
 // Null is for tensors without elements.
@@ -64,9 +73,10 @@ void check_stride(const char* op, const char* name, int64_t stride, int64_t leas
 }
 
 void reflect_fwd(uintptr_t y, uintptr_t p, uintptr_t x, uintptr_t v, uintptr_t t, int64_t M, int64_t D, int64_t R,
-                 int64_t stride_ym, int64_t stride_xm, int dtype, bool transpose, int64_t slice, uintptr_t stream) {
+                 int64_t stride_ym, int64_t stride_xm, int dtype, bool transpose, int64_t slice, int64_t clusters,
+                 uintptr_t stream) {
   const char* op = "reflect_fwd";
-  check_sizes(op, M, D, R);
+  check_sizes(op, M, D, R, false, slice);
   check_stride(op, "stride_ym", stride_ym, D, M);
   check_stride(op, "stride_xm", stride_xm, 0, M);
   hra::ReflectFwdParams params{};
@@ -82,94 +92,53 @@ void reflect_fwd(uintptr_t y, uintptr_t p, uintptr_t x, uintptr_t v, uintptr_t t
   params.stride_xm = stride_xm;
   params.dtype = dtype_of(op, dtype);
   params.transpose = transpose;
-  params.slice = slice_of(op, slice);
+  const hra::cuda::Clusters found = clusters_of(op, slice, clusters);
   const py::gil_scoped_release release;
-  check(op, hra::cuda::reflect_fwd(params, reinterpret_cast<void*>(stream)));
+  check(op, hra::cuda::reflect_fwd(params, found, reinterpret_cast<void*>(stream)));
 }
 
-hra::ReflectBwdParams backward_sizes(int64_t M, int64_t D, int64_t R, int dtype, int64_t slice) {
+int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, int64_t slice, int64_t clusters) {
   const char* op = "reflect_bwd";
-  check_sizes(op, M, D, R);
-  hra::ReflectBwdParams params{};
-  params.M = M;
-  params.D = D;
-  params.R = R;
-  params.dtype = dtype_of(op, dtype);
-  params.slice = slice_of(op, slice);
-  return params;
-}
-
-int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, int dtype, int64_t slice) {
-  int64_t bytes = 0;
-  check("reflect_bwd", hra::cuda::reflect_bwd_workspace_bytes(backward_sizes(M, D, R, dtype, slice), bytes));
-  return bytes;
+  check_sizes(op, M, D, R, true, slice);
+  return hra::cuda::reflect_bwd_workspace_bytes(M, D, R, clusters_of(op, slice, clusters));
 }
 
 void reflect_bwd(uintptr_t dx, uintptr_t dv, uintptr_t dt, uintptr_t dy, uintptr_t x, uintptr_t v, uintptr_t t,
                  uintptr_t p, int64_t M, int64_t D, int64_t R, int64_t stride_dxm, int64_t stride_dym,
-                 int64_t stride_xm, int dtype, bool transpose, int64_t slice, uintptr_t workspace,
+                 int64_t stride_xm, int dtype, bool transpose, int64_t slice, int64_t clusters, uintptr_t workspace,
                  int64_t workspace_bytes, uintptr_t stream) {
   const char* op = "reflect_bwd";
-  hra::ReflectBwdParams params = backward_sizes(M, D, R, dtype, slice);
+  check_sizes(op, M, D, R, true, slice);
   check_stride(op, "stride_dxm", stride_dxm, D, M);
   check_stride(op, "stride_dym", stride_dym, 0, M);
   check_stride(op, "stride_xm", stride_xm, 0, M);
-  const bool only_dx = dt == 0;  // then dv, x and p may be null too
-  params.dx_ptr = pointer(op, "dx", dx, only_dx ? M * D : 0);
-  params.dv_ptr = pointer(op, "dv", dv, only_dx ? 0 : R * D);
-  params.dt_ptr = pointer(op, "dt", dt, 0);
+  hra::ReflectBwdParams params{};
+  params.dx_ptr = pointer(op, "dx", dx, M * D);
+  params.dv_ptr = pointer(op, "dv", dv, R * D);
+  params.dt_ptr = pointer(op, "dt", dt, R * R);
   params.dy_ptr = pointer(op, "dy", dy, M * D);
-  params.x_ptr = pointer(op, "x", x, only_dx ? 0 : M * D);
+  params.x_ptr = pointer(op, "x", x, M * D);
   params.v_ptr = pointer(op, "v", v, R * D);
   params.t_ptr = pointer(op, "t", t, R * R);
-  params.p_ptr = pointer(op, "p", p, only_dx ? 0 : M * R);
+  params.p_ptr = pointer(op, "p", p, M * R);
+  params.M = M;
+  params.D = D;
+  params.R = R;
   params.stride_dxm = stride_dxm;
   params.stride_dym = stride_dym;
   params.stride_xm = stride_xm;
+  params.dtype = dtype_of(op, dtype);
   params.transpose = transpose;
-  int64_t needed = 0;
-  if (!only_dx) check(op, hra::cuda::reflect_bwd_workspace_bytes(params, needed));
+  const hra::cuda::Clusters found = clusters_of(op, slice, clusters);
+  const int64_t needed = hra::cuda::reflect_bwd_workspace_bytes(M, D, R, found);
   if (workspace_bytes < needed) {
     reject(op, "workspace_bytes", "at least " + std::to_string(needed), std::to_string(workspace_bytes));
   }
-  if (workspace % 16)
+  if (workspace % 16) {
     reject(op, "workspace", "16-byte aligned", "an address " + std::to_string(workspace % 16) + " past");
-  const py::gil_scoped_release release;
-  check(op, hra::cuda::reflect_bwd(params, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
-}
-
-// (v, t, u, D, R, stride_ud, stride_ur, dtype, apply_gs)
-using FactorLayer = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int, bool>;
-
-void wy_factor_fwd(const std::vector<FactorLayer>& layers, uintptr_t stream) {
-  const char* op = "wy_factor_fwd";
-  std::vector<hra::WyFactorFwdParams> params;
-  for (const auto& [v, t, u, D, R, stride_ud, stride_ur, dtype, apply_gs] : layers) {
-    check_sizes(op, 0, D, R);
-    params.push_back({pointer(op, "v", v, R * D), pointer(op, "t", t, R * R), pointer(op, "u", u, D * R), D, R,
-                      stride_ud, stride_ur, dtype_of(op, dtype), apply_gs});
   }
   const py::gil_scoped_release release;
-  check(op,
-        hra::cuda::wy_factor_fwd(params.data(), static_cast<int64_t>(params.size()), reinterpret_cast<void*>(stream)));
-}
-
-// (du, dv, dt, u, v, t, D, R, stride_ud, stride_ur, dtype, apply_gs)
-using GradientLayer = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t,
-                                 int64_t, int64_t, int, bool>;
-
-void wy_factor_bwd(const std::vector<GradientLayer>& layers, uintptr_t stream) {
-  const char* op = "wy_factor_bwd";
-  std::vector<hra::WyFactorBwdParams> params;
-  for (const auto& [du, dv, dt, u, v, t, D, R, stride_ud, stride_ur, dtype, apply_gs] : layers) {
-    check_sizes(op, 0, D, R);
-    params.push_back({pointer(op, "du", du, D * R), pointer(op, "dv", dv, R * D), pointer(op, "dt", dt, R * R),
-                      pointer(op, "u", u, D * R), pointer(op, "v", v, R * D), pointer(op, "t", t, R * R), D, R,
-                      stride_ud, stride_ur, dtype_of(op, dtype), apply_gs});
-  }
-  const py::gil_scoped_release release;
-  check(op,
-        hra::cuda::wy_factor_bwd(params.data(), static_cast<int64_t>(params.size()), reinterpret_cast<void*>(stream)));
+  check(op, hra::cuda::reflect_bwd(params, found, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream)));
 }
 
 #ifdef HRA_EMULATION
@@ -177,12 +146,12 @@ void wy_factor_bwd(const std::vector<GradientLayer>& layers, uintptr_t stream) {
 std::vector<std::tuple<unsigned, unsigned, size_t>> launches() {
   std::vector<std::tuple<unsigned, unsigned, size_t>> result;
   for (const auto& shape : hra::emulation::take_launches()) {
-    result.emplace_back(shape.grid.x * shape.grid.y, shape.cluster, shape.shared_bytes);
+    result.emplace_back(shape.blocks, shape.cluster, shape.shared_bytes);
   }
   return result;
 }
 
-void emulate(uint64_t seed, int capability) { hra::emulation::options = {seed, capability}; }
+void emulate(uint64_t seed) { hra::emulation::options = {seed}; }
 #endif
 
 }  // namespace
@@ -191,17 +160,16 @@ PYBIND11_MODULE(HRA_MODULE_NAME, m) {
   using namespace py::literals;
   m.doc() = "CUDA kernels of hra_kernels; see csrc/hra.h.";
   m.attr("MAX_RANK") = hra::cuda::kMaxRank;
+  m.attr("LARGEST_CLUSTER") = hra::cuda::kLargestCluster;
+  m.def("resident_clusters", &resident_clusters, "backward"_a, "D"_a, "R"_a, "dtype"_a, "slice"_a);
   m.def("reflect_fwd", &reflect_fwd, "y"_a, "p"_a, "x"_a, "v"_a, "t"_a, "M"_a, "D"_a, "R"_a, "stride_ym"_a,
-        "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "stream"_a);
-  m.def("reflect_bwd_workspace_bytes", &reflect_bwd_workspace_bytes, "M"_a, "D"_a, "R"_a, "dtype"_a, "slice"_a);
+        "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "clusters"_a, "stream"_a);
+  m.def("reflect_bwd_workspace_bytes", &reflect_bwd_workspace_bytes, "M"_a, "D"_a, "R"_a, "slice"_a, "clusters"_a);
   m.def("reflect_bwd", &reflect_bwd, "dx"_a, "dv"_a, "dt"_a, "dy"_a, "x"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,
-        "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "workspace"_a,
+        "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "slice"_a, "clusters"_a, "workspace"_a,
         "workspace_bytes"_a, "stream"_a);
-  m.def("wy_factor_fwd", &wy_factor_fwd, "layers"_a, "stream"_a);
-  m.def("wy_factor_bwd", &wy_factor_bwd, "layers"_a, "stream"_a);
 #ifdef HRA_EMULATION
   m.def("launches", &launches, "(blocks, blocks per cluster, shared bytes) of each launch since the last call.");
-  m.def("emulate", &emulate, "seed"_a, "capability"_a,
-        "Chooses the schedule and the compute capability (times ten) of the launches that follow.");
+  m.def("emulate", &emulate, "seed"_a, "Chooses the schedule of the launches that follow.");
 #endif
 }

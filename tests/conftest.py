@@ -78,6 +78,6 @@ def device(request):
     """Where a test puts its tensors: the GPU, if there is one and the test's backend (if it has one) serves it."""
     gpu = torch.device("cuda")
     name = request.getfixturevalue("backend") if "backend" in request.fixturenames else "reference"
-    if torch.cuda.is_available() and ops.BACKENDS[name].why_unsupported(gpu, torch.float32, 8) is None:
+    if torch.cuda.is_available() and ops.BACKENDS[name].why_unsupported(gpu, torch.bfloat16, 8) is None:
         return gpu
     return torch.device("cpu")

@@ -50,7 +50,7 @@ RANGES = [
 ]
 """(largest M, largest D, the shape that stands for the range)."""
 WIDTHS = (2048, 4096, 8192, 16384)
-SLICES = (0, 512, 1024, 2048)
+SLICES = (512, 1024, 2048)
 LEAST = tuning.LaunchConfig(16, 32, 1, 1)
 MOST = tuning.LaunchConfig(128, 512, 16, 5)
 WORTH = 0.97
@@ -193,13 +193,14 @@ def search_triton(
 def search_slices(
     backend: cuda_backend.CudaBackend, key: tuple[str, int], shape: tuple[int, int], device: str
 ) -> tuple[int, list[dict]]:
-    """The best slice for one pass, rank and width, and all that were measured; the sweeps are measured first."""
+    """The best slice for one pass, rank and width, and all that were measured; the present one is measured first."""
     direction, rank = key
     bench = Bench(backend, PASSES[direction], shape, rank, torch.bfloat16, device)
     widest = 2048 if direction == "forward" else 1024
-    best, log = 0, []
-    for size in SLICES:
-        if size > widest or 0 < 16 * size < shape[1]:
+    present = tuning.select_slice(direction, rank, shape[1])
+    best, log = present, []
+    for size in sorted(SLICES, key=lambda size: size != present):
+        if size > widest or 16 * size < shape[1]:
             continue
         with only_line(tuning.SLICES, key, (WIDE, size)):
             seconds, error = bench.measure()
@@ -227,8 +228,8 @@ def cuda_module(rehearse: bool) -> tuple[cuda_backend.CudaBackend | None, str]:
             "the emulation is not built, or older than its sources (pytest tests/cuda/test_emulated.py builds it)",
         )
     native = emulation.load(built[0])
-    native.emulate(0, 90)
-    return cuda_backend.CudaBackend(native, "cpu"), ""
+    native.emulate(0)
+    return emulation.backend(native), ""
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------

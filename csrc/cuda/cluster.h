@@ -1,4 +1,4 @@
-// The single-pass path, for sm_90 and newer: a cluster of thread blocks holds whole rows on chip.
+// A reflection in one pass over memory: a cluster of thread blocks holds whole rows on chip.
 //
 // Block `rank` of a cluster owns kSlice columns: its part of v lies in shared memory as bfloat16 terms for as long as
 // the block lives, and tiles of 16 rows pass through registers, each warp's own columns of them (fragments.h). For each
@@ -12,23 +12,15 @@
 #pragma once
 
 #include "fragments.h"
-
-#if defined(HRA_EMULATION) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
-#define HRA_HAS_CLUSTERS
-#endif
+#include "launch.h"
 
 namespace hra::cuda {
 
-// Which cluster serves a problem. `clusters` 0: none does, and the sweeps take it.
-struct ClusterPlan {
-  int slice = 0, cluster = 0;
-  int64_t clusters = 0;  // that are launched; each takes tiles until none is left
-};
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <typename T, int kRank, int kSlice>
+template <int kRank, int kSlice>
 struct ClusterShared {
   static constexpr int kWarpColumns = kSlice / kWarps, kTiles = kRank / 8, kParts = 32 * kTiles;
-  static_assert(Split<T>::kV == 2, "16-bit activations");
 
   TermTile<2, kRank, kSlice> v;  // columns in the order of fragment_column
   MiddleTile m;
@@ -103,91 +95,75 @@ struct ClusterShared {
 
 // --- the host's side ---
 
-// A matrix whose rows move 16 bytes at a time only if they end there.
+// A (rows, columns) matrix of the host's untyped pointers; its rows move 16 bytes at a time only if they end there.
 template <typename T, typename Void>
-Rows<T> cluster_rows(Void* ptr, int64_t rows, int64_t columns, int64_t stride) {
-  Rows<T> found = rows_of<T>(ptr, rows, columns, stride);
-  found.vectors &= columns % kVector<T> == 0;
-  return found;
+Rows<T> rows_of(Void* ptr, int64_t rows, int64_t columns, int64_t stride) {
+  const bool vectors =
+      reinterpret_cast<uintptr_t>(ptr) % 16 == 0 && stride % kVector<T> == 0 && columns % kVector<T> == 0;
+  return {static_cast<T*>(ptr), rows, columns, stride, vectors};
 }
 
-template <int kSlice>
-struct Slice {
-  static constexpr int value = kSlice;
+// A number as a type.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
 };
 
-// Calls visit(T{}, padded rank as a type, slice as a type) for the instantiation of `Pass` that serves a problem;
-// returns 0 without a call where there is none.
+// visit(T{}, padded rank as a type, slice as a type) for the instantiation of `Pass` that serves a problem.
 template <typename Pass, typename Visitor>
-Status with_cluster_kernel(DType dtype, int64_t R, int64_t slice, Visitor visit) {
-  if (dtype == DType::kFloat32 || R == 0 || R > 16) return 0;
+Status with_kernel(DType dtype, int64_t R, int64_t slice, Visitor visit) {
   auto with_slice = [&](auto zero, auto rank) -> Status {
-    if (slice == 512) return visit(zero, rank, Slice<512>{});
-    if (slice == 1024) return visit(zero, rank, Slice<1024>{});
     if constexpr (Pass::kWidestSlice >= 2048) {
-      if (slice == 2048) return visit(zero, rank, Slice<2048>{});
+      if (slice == 2048) return visit(zero, rank, Constant<2048>{});
     }
-    return 0;
+    return slice == 512 ? visit(zero, rank, Constant<512>{}) : visit(zero, rank, Constant<1024>{});
   };
-  auto with_narrow_rank = [&](auto zero) {
-    return R <= 8 ? with_slice(zero, PaddedRank<8>{}) : with_slice(zero, PaddedRank<16>{});
+  auto with_rank = [&](auto zero) {
+    return R <= 8 ? with_slice(zero, Constant<8>{}) : with_slice(zero, Constant<16>{});
   };
-  return dtype == DType::kBFloat16 ? with_narrow_rank(bf16{}) : with_narrow_rank(fp16{});
+  return dtype == DType::kBFloat16 ? with_rank(bf16{}) : with_rank(fp16{});
 }
 
-template <typename Pass, typename T, int kRank, int kSlice>
-Launch how_to_launch(const ClusterPlan& plan, void* stream) {
-  using Shared = typename Pass::template Shared<T, kRank, kSlice>;
-  const int64_t bytes = sizeof(Shared) + Shared::exchange_bytes(plan.cluster);
-  return {plan.clusters * plan.cluster, 1, kThreads, bytes, stream, plan.cluster};
+inline int cluster_size(int64_t D, int64_t slice) { return D > slice ? static_cast<int>(ceil_div(D, slice)) : 1; }
+
+template <typename Shared>
+Launch cluster_launch(int64_t clusters, int cluster, void* stream) {
+  const auto bytes = static_cast<int64_t>(sizeof(Shared)) + Shared::exchange_bytes(cluster);
+  return {clusters * cluster, kThreads, bytes, stream, cluster};
 }
 
-// Whether the slice that the caller wants can run here, and with how many clusters. The answer depends on nothing but
-// the sizes and the device, so a workspace sized by one call serves the next.
-template <typename Pass, typename Params>
-Status plan_cluster(const Params& params, ClusterPlan& plan) {
-  constexpr int kLargestCluster = 16;
-  plan = {};
-  if (params.slice <= 0 || params.M == 0 || params.D == 0) return 0;
-  const int64_t cluster = ceil_div(params.D, params.slice);
-  if (cluster > kLargestCluster) return 0;
-  return with_cluster_kernel<Pass>(
-      params.dtype, params.R, params.slice, [&](auto zero, auto rank, auto slice) -> Status {
-        constexpr int kRank = decltype(rank)::value, kSlice = decltype(slice)::value;
-        Device gpu;
-        if (Status status = current_device(gpu)) return status;
-        ClusterPlan found;
-        found.slice = kSlice;
-        found.cluster = static_cast<int>(cluster);
-        found.clusters = 1;
-        const Launch how = how_to_launch<Pass, decltype(zero), kRank, kSlice>(found, nullptr);
-        if (gpu.capability < 90 || how.shared_bytes > gpu.shared_bytes) return 0;
-        const auto kernel = Pass::template kernel<decltype(zero), kRank, kSlice>();
-        if (Status status = resident_clusters(kernel, how, found.clusters)) return status;
-        const int64_t row_tiles = ceil_div(params.M, kRowsOfWarp);
-        if (found.clusters > row_tiles) found.clusters = row_tiles;
-        plan = found;
-        return 0;
-      });
-}
-
-// Launches the kernel of a plan that has clusters.
-template <typename Pass, typename Params, typename Fill>
-Status launch_cluster(const Params& params, const ClusterPlan& plan, void* stream, Fill arguments_of) {
-  return with_cluster_kernel<Pass>(params.dtype, params.R, plan.slice, [&](auto zero, auto rank, auto slice) {
+template <typename Pass>
+Status count_resident_of(int64_t D, int64_t R, DType dtype, int64_t slice, int64_t& count) {
+  return with_kernel<Pass>(dtype, R, slice, [&](auto zero, auto rank, auto slice_type) {
     using T = decltype(zero);
-    constexpr int kRank = decltype(rank)::value, kSlice = decltype(slice)::value;
-    return launch(Pass::template kernel<T, kRank, kSlice>(), how_to_launch<Pass, T, kRank, kSlice>(plan, stream),
-                  arguments_of(zero));
+    constexpr int kRank = decltype(rank)::value, kSlice = decltype(slice_type)::value;
+    using Shared = typename Pass::template Shared<T, kRank, kSlice>;
+    const Launch how = cluster_launch<Shared>(1, cluster_size(D, kSlice), nullptr);
+    return count_resident(Pass::template kernel<T, kRank, kSlice>(), how, count);
   });
 }
 
-// --- what cluster_fwd.cu and cluster_bwd.cu offer to reflect.cu ---
+// No more clusters than there are tiles of rows.
+inline int64_t busy_clusters(int64_t M, const Clusters& clusters) {
+  const int64_t tiles = ceil_div(M, kRowsOfWarp);
+  return tiles < clusters.count ? tiles : clusters.count;
+}
 
-Status plan_cluster_fwd(const ReflectFwdParams& params, ClusterPlan& plan);
-Status cluster_fwd(const ReflectFwdParams& params, const ClusterPlan& plan, void* stream);
-Status plan_cluster_bwd(const ReflectBwdParams& params, ClusterPlan& plan);
-int64_t cluster_bwd_workspace_bytes(const ReflectBwdParams& params, const ClusterPlan& plan);
-Status cluster_bwd(const ReflectBwdParams& params, const ClusterPlan& plan, void* workspace, void* stream);
+// `arguments_of(T{}, blocks of a cluster)` are the kernel's; M is not 0.
+template <typename Pass, typename Params, typename Fill>
+Status launch_clusters(const Params& params, const Clusters& clusters, void* stream, Fill arguments_of) {
+  return with_kernel<Pass>(params.dtype, params.R, clusters.slice, [&](auto zero, auto rank, auto slice) {
+    using T = decltype(zero);
+    constexpr int kRank = decltype(rank)::value, kSlice = decltype(slice)::value;
+    using Shared = typename Pass::template Shared<T, kRank, kSlice>;
+    const int cluster = cluster_size(params.D, kSlice);
+    return launch(Pass::template kernel<T, kRank, kSlice>(),
+                  cluster_launch<Shared>(busy_clusters(params.M, clusters), cluster, stream),
+                  arguments_of(zero, cluster));
+  });
+}
+
+// The forward's part of resident_clusters().
+Status resident_clusters_fwd(int64_t D, int64_t R, DType dtype, int64_t slice, int64_t& count);
 
 }  // namespace hra::cuda

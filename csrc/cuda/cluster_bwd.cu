@@ -9,14 +9,13 @@
 // Each cluster writes its sums for dv once, each block its share of dm; a second launch adds the shares in a fixed
 // order.
 #include "cluster.h"
-#include "reflect_bwd.h"
 
 namespace hra::cuda {
 namespace {
 
 template <typename T>
 struct ClusterBackwardArguments {
-  Rows<T> dx;       // dx.ptr may be null
+  Rows<T> dx;
   float* dv_parts;  // (clusters, R, D), sign not yet changed
   float* dm_parts;  // (clusters * cluster, R, R), sign not yet changed
   Rows<const T> dy, x;
@@ -27,7 +26,7 @@ struct ClusterBackwardArguments {
 };
 
 template <typename T, int kRank, int kSlice>
-struct ClusterBackwardShared : ClusterShared<T, kRank, kSlice> {
+struct ClusterBackwardShared : ClusterShared<kRank, kSlice> {
   MiddleTile m_transposed;
   RowTile<T, kRowsOfWarp, kSlice> dy, x;
 };
@@ -43,14 +42,14 @@ __device__ __forceinline__ void add_vectors(Result<kRank> (&dv)[kCount], const R
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     sync_warp();  // for the compiler, which would load the operands of all steps at once, and spill
-    uint32_t packed[4], a[Split<T>::kX][4];
-    ldmatrix<4, true>(packed, rows.at(fragment_row(lane % 8 + lane / 16 * 8), column + 16 * i + lane / 8 % 2 * 8));
+    uint32_t packed[4], a[kTermsOf<T>][4];
+    ldmatrix<true>(packed, rows.at(fragment_row(lane % 8 + lane / 16 * 8), column + 16 * i + lane / 8 % 2 * 8));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      uint32_t terms[Split<T>::kX];
+      uint32_t terms[kTermsOf<T>];
       split_packed<T>(terms, packed[k]);
 #pragma unroll
-      for (int term = 0; term < Split<T>::kX; ++term) a[term][k] = terms[term];
+      for (int term = 0; term < kTermsOf<T>; ++term) a[term][k] = terms[term];
     }
 #pragma unroll
     for (int n = 0; n < kRank / 8; ++n) mma_terms<1>(dv[i][n], a, b[n]);
@@ -89,9 +88,8 @@ __device__ __forceinline__ void store_transposed(float* share, int64_t R, int64_
 }
 
 template <typename T, int kRank, int kSlice>
-__global__ void __launch_bounds__(kThreads, kSlice == 512 && Split<T>::kX == 1 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kSlice == 512 && kTermsOf<T> == 1 ? 2 : 1)
     cluster_bwd_kernel(const HRA_GRID_CONSTANT ClusterBackwardArguments<T> to) {
-#ifdef HRA_HAS_CLUSTERS
   using Shared = ClusterBackwardShared<T, kRank, kSlice>;
   constexpr int kWarpColumns = Shared::kWarpColumns;
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
@@ -135,17 +133,56 @@ __global__ void __launch_bounds__(kThreads, kSlice == 512 && Split<T>::kX == 1 ?
     sync_warp();  // x's place is free
     if (more) copy_rows<kWarpColumns>(shared.x, to.x, row0 + step, column0, column);
     cp_async_commit();
-    if (to.dx.ptr) {
-      reflect_rows<kWarpColumns>(
-          to.dx,
-          [&](int group, int half) { return *RowsInFlight<T, kWarpColumns>::place(shared.dy, column, group, half); },
-          Coefficients16<kRank>(qm_terms), shared.v, column, row0, column0);
-    }
+    reflect_rows<kWarpColumns>(
+        to.dx,
+        [&](int group, int half) { return *RowsInFlight<T, kWarpColumns>::place(shared.dy, column, group, half); },
+        Coefficients16<kRank>(qm_terms), shared.v, column, row0, column0);
     dy = next;
   }
   store_transposed(to.dv_parts + cluster_index * R * to.v.columns, R, to.v.columns, dv, column0);
   if (warp_id() == 0) store_result(to.dm_parts + static_cast<int64_t>(blockIdx.x) * R * R, R, R, dm);
-#endif
+}
+
+struct ReduceArguments {
+  float* dv;              // (R, D)
+  float* dt;              // (R, R)
+  const float* dv_parts;  // (vector_parts, R, D)
+  const float* dm_parts;  // (middle_parts, R, R)
+  int64_t vector_parts, middle_parts, D;
+  int R;
+  bool transpose;
+};
+
+constexpr int kReducedByBlock = 32;
+
+__global__ void __launch_bounds__(kThreads) reduce_kernel(const HRA_GRID_CONSTANT ReduceArguments to) {
+  const int64_t vector_size = to.R * to.D, middle_size = static_cast<int64_t>(to.R) * to.R;
+  const int64_t vector_blocks = ceil_div(vector_size, kReducedByBlock);
+  if (blockIdx.x < vector_blocks) {
+    // a warp adds up every eighth share: there are up to 132, and one after the other they would cost their latency
+    auto* sums = reinterpret_cast<float*>(dynamic_shared());  // (kWarps, 32)
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * kReducedByBlock + lane_id();
+    float sum = 0;
+    if (i < vector_size) {
+#pragma unroll 8
+      for (int64_t part = warp_id(); part < to.vector_parts; part += kWarps) sum += to.dv_parts[part * vector_size + i];
+    }
+    sums[thread_id()] = sum;
+    __syncthreads();
+    if (warp_id() > 0 || i >= vector_size) return;
+#pragma unroll
+    for (int warp = 1; warp < kWarps; ++warp) sum += sums[warp * 32 + lane_id()];
+    to.dv[i] = -sum;
+    return;
+  }
+  const int64_t i = (blockIdx.x - vector_blocks) * kWarps + warp_id();
+  if (i >= middle_size) return;  // a whole warp
+  float sum = 0;
+#pragma unroll 8
+  for (int64_t part = lane_id(); part < to.middle_parts; part += 32) sum += to.dm_parts[part * middle_size + i];
+  for (int step = 16; step > 0; step /= 2) sum += shuffle_xor(sum, step);
+  const int64_t transposed = i % to.R * to.R + i / to.R;
+  if (lane_id() == 0) to.dt[to.transpose ? transposed : i] = -sum;
 }
 
 struct Backward {
@@ -158,35 +195,57 @@ struct Backward {
   }
 };
 
+// dv and dt as minus the sums of their shares, in a fixed order.
+Status reduce_shares(const ReflectBwdParams& params, const float* dv_parts, int64_t vector_parts, const float* dm_parts,
+                     int64_t middle_parts, void* stream) {
+  ReduceArguments arguments;
+  arguments.dv = static_cast<float*>(params.dv_ptr);
+  arguments.dt = static_cast<float*>(params.dt_ptr);
+  arguments.dv_parts = dv_parts;
+  arguments.dm_parts = dm_parts;
+  arguments.vector_parts = vector_parts;
+  arguments.middle_parts = middle_parts;
+  arguments.D = params.D;
+  arguments.R = static_cast<int>(params.R);
+  arguments.transpose = params.transpose;
+  const int64_t blocks = ceil_div(params.R * params.D, kReducedByBlock) + ceil_div(params.R * params.R, kWarps);
+  if (blocks == 0) return 0;
+  return launch(reduce_kernel, Launch{blocks, kThreads, kThreads * sizeof(float), stream}, arguments);
+}
+
 }  // namespace
 
-Status plan_cluster_bwd(const ReflectBwdParams& params, ClusterPlan& plan) {
-  return plan_cluster<Backward>(params, plan);
+Status resident_clusters(bool backward, int64_t D, int64_t R, DType dtype, int64_t slice, int64_t& count) {
+  return backward ? count_resident_of<Backward>(D, R, dtype, slice, count)
+                  : resident_clusters_fwd(D, R, dtype, slice, count);
 }
 
-int64_t cluster_bwd_workspace_bytes(const ReflectBwdParams& params, const ClusterPlan& plan) {
-  return 4 * plan.clusters * (params.R * params.D + plan.cluster * params.R * params.R);
+int64_t reflect_bwd_workspace_bytes(int64_t M, int64_t D, int64_t R, const Clusters& clusters) {
+  return 4 * busy_clusters(M, clusters) * R * (D + cluster_size(D, clusters.slice) * R);
 }
 
-Status cluster_bwd(const ReflectBwdParams& params, const ClusterPlan& plan, void* workspace, void* stream) {
+Status reflect_bwd(const ReflectBwdParams& params, const Clusters& clusters, void* workspace, void* stream) {
+  const int64_t parts = busy_clusters(params.M, clusters);
   auto* dv_parts = static_cast<float*>(workspace);
-  float* dm_parts = dv_parts + plan.clusters * params.R * params.D;
-  const Status status = launch_cluster<Backward>(params, plan, stream, [&](auto zero) {
-    using T = decltype(zero);
-    ClusterBackwardArguments<T> arguments;
-    arguments.dx = cluster_rows<T>(params.dx_ptr, params.M, params.D, params.stride_dxm);
-    arguments.dv_parts = dv_parts;
-    arguments.dm_parts = dm_parts;
-    arguments.dy = cluster_rows<const T>(params.dy_ptr, params.M, params.D, params.stride_dym);
-    arguments.x = cluster_rows<const T>(params.x_ptr, params.M, params.D, params.stride_xm);
-    arguments.v = rows_of<const float>(params.v_ptr, params.R, params.D, params.D);
-    arguments.p = static_cast<const float*>(params.p_ptr);
-    arguments.m = {static_cast<const float*>(params.t_ptr), static_cast<int>(params.R), params.transpose};
-    arguments.cluster = plan.cluster;
-    return arguments;
-  });
-  if (status) return status;
-  return reduce_shares(params, dv_parts, plan.clusters, dm_parts, plan.clusters * plan.cluster, stream);
+  float* dm_parts = dv_parts + parts * params.R * params.D;
+  if (params.M > 0) {
+    const Status status = launch_clusters<Backward>(params, clusters, stream, [&](auto zero, int cluster) {
+      using T = decltype(zero);
+      ClusterBackwardArguments<T> arguments;
+      arguments.dx = rows_of<T>(params.dx_ptr, params.M, params.D, params.stride_dxm);
+      arguments.dv_parts = dv_parts;
+      arguments.dm_parts = dm_parts;
+      arguments.dy = rows_of<const T>(params.dy_ptr, params.M, params.D, params.stride_dym);
+      arguments.x = rows_of<const T>(params.x_ptr, params.M, params.D, params.stride_xm);
+      arguments.v = rows_of<const float>(params.v_ptr, params.R, params.D, params.D);
+      arguments.p = static_cast<const float*>(params.p_ptr);
+      arguments.m = {static_cast<const float*>(params.t_ptr), static_cast<int>(params.R), params.transpose};
+      arguments.cluster = cluster;
+      return arguments;
+    });
+    if (status) return status;
+  }
+  return reduce_shares(params, dv_parts, parts, dm_parts, parts * cluster_size(params.D, clusters.slice), stream);
 }
 
 }  // namespace hra::cuda

@@ -16,10 +16,9 @@ struct ClusterForwardArguments {
 };
 
 template <typename T, int kRank, int kSlice>
-__global__ void __launch_bounds__(kThreads, kRank * kSlice * Split<T>::kX <= 8192 ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, kRank * kSlice * kTermsOf<T> <= 8192 ? 2 : 1)
     cluster_fwd_kernel(const HRA_GRID_CONSTANT ClusterForwardArguments<T> to) {
-#ifdef HRA_HAS_CLUSTERS
-  using Shared = ClusterShared<T, kRank, kSlice>;
+  using Shared = ClusterShared<kRank, kSlice>;
   auto& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   auto* slots = reinterpret_cast<float4*>(&shared + 1);
   const int R = to.m.R, column = Shared::warp_column();
@@ -47,13 +46,12 @@ __global__ void __launch_bounds__(kThreads, kRank * kSlice * Split<T>::kX <= 819
         shared.v, column, row0, column0);
     x = next;
   }
-#endif
 }
 
 struct Forward {
   static constexpr int kWidestSlice = 2048;
   template <typename T, int kRank, int kSlice>
-  using Shared = ClusterShared<T, kRank, kSlice>;
+  using Shared = ClusterShared<kRank, kSlice>;
   template <typename T, int kRank, int kSlice>
   static auto kernel() {
     return cluster_fwd_kernel<T, kRank, kSlice>;
@@ -62,20 +60,21 @@ struct Forward {
 
 }  // namespace
 
-Status plan_cluster_fwd(const ReflectFwdParams& params, ClusterPlan& plan) {
-  return plan_cluster<Forward>(params, plan);
+Status resident_clusters_fwd(int64_t D, int64_t R, DType dtype, int64_t slice, int64_t& count) {
+  return count_resident_of<Forward>(D, R, dtype, slice, count);
 }
 
-Status cluster_fwd(const ReflectFwdParams& params, const ClusterPlan& plan, void* stream) {
-  return launch_cluster<Forward>(params, plan, stream, [&](auto zero) {
+Status reflect_fwd(const ReflectFwdParams& params, const Clusters& clusters, void* stream) {
+  if (params.M == 0) return 0;
+  return launch_clusters<Forward>(params, clusters, stream, [&](auto zero, int cluster) {
     using T = decltype(zero);
     ClusterForwardArguments<T> arguments;
-    arguments.y = cluster_rows<T>(params.y_ptr, params.M, params.D, params.stride_ym);
+    arguments.y = rows_of<T>(params.y_ptr, params.M, params.D, params.stride_ym);
     arguments.p = static_cast<float*>(params.p_ptr);
-    arguments.x = cluster_rows<const T>(params.x_ptr, params.M, params.D, params.stride_xm);
+    arguments.x = rows_of<const T>(params.x_ptr, params.M, params.D, params.stride_xm);
     arguments.v = rows_of<const float>(params.v_ptr, params.R, params.D, params.D);
     arguments.m = {static_cast<const float*>(params.t_ptr), static_cast<int>(params.R), params.transpose};
-    arguments.cluster = plan.cluster;
+    arguments.cluster = cluster;
     return arguments;
   });
 }

@@ -3,9 +3,9 @@ option(HRA_EMULATION "Build the module _emulated, the CUDA kernels on the CPU, a
 option(HRA_EMULATION_SANITIZE "Build _emulated with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 
 option(HRA_CUDA_STRICT "Fail where a CUDA kernel spills registers or uses local memory" OFF)
+set(HRA_SPIN_LIMIT "" CACHE STRING "Nanoseconds after which a CUDA kernel that waits for a message traps, for tests; empty: it waits")
 
-set(HRA_CUDA_SOURCES cuda/launch.cu cuda/reflect.cu cuda/sweep_fwd.cu cuda/sweep_bwd.cu cuda/cluster_fwd.cu
-                     cuda/cluster_bwd.cu cuda/wy.cu)
+set(HRA_CUDA_SOURCES cuda/launch.cu cuda/cluster_fwd.cu cuda/cluster_bwd.cu)
 
 if(HRA_EMULATION)
   set(emulated_sources ${HRA_CUDA_SOURCES} ../tests/cuda/emulation/fiber.cpp ../tests/cuda/emulation/machine.cpp
@@ -30,7 +30,7 @@ endif()
 
 # set before CUDA is enabled: CMake's own probe may pick an architecture that nvcc no longer has
 if(NOT CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 100a-real 120-real 120-virtual)
+  set(CMAKE_CUDA_ARCHITECTURES 90a-real)
 endif()
 include(CheckLanguage)
 check_language(CUDA)
@@ -48,6 +48,9 @@ pybind11_add_module(_cuda NO_EXTRAS ${HRA_CUDA_SOURCES} ../python_bindings/cuda_
 target_include_directories(_cuda PRIVATE ${CMAKE_CURRENT_SOURCE_DIR})
 target_compile_definitions(_cuda PRIVATE HRA_MODULE_NAME=_cuda)
 target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads 2>)
+if(HRA_SPIN_LIMIT)
+  target_compile_definitions(_cuda PRIVATE HRA_SPIN_LIMIT=${HRA_SPIN_LIMIT}ull)
+endif()
 if(HRA_CUDA_STRICT)
   set(strict "-Xptxas --warn-on-spills,--warn-on-local-memory-usage,-Werror")
   target_compile_options(_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:SHELL:${strict}>")

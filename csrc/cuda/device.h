@@ -1,5 +1,5 @@
 // Everything the kernels take from the hardware, in one place: nvcc compiles it to PTX; with HRA_EMULATION any C++
-// compiler builds the same kernels on the model in emulation/, which is how they are tested without a GPU.
+// compiler builds the same kernels on the model in tests/cuda/emulation, which is how they are tested without a GPU.
 // Nothing in this directory has run on a GPU yet.
 #pragma once
 
@@ -19,14 +19,10 @@
 #define __launch_bounds__(...)
 #define threadIdx (::hra::emulation::thread_index())
 #define blockIdx (::hra::emulation::block_index())
-#define blockDim (::hra::emulation::block_size())
 #define gridDim (::hra::emulation::grid_size())
 #define __syncthreads() ::hra::emulation::block_barrier(__FILE__, __LINE__)
 #define HRA_CLUSTER_BARRIER() ::hra::emulation::cluster_barrier(__FILE__, __LINE__)
 
-struct alignas(8) float2 {
-  float x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -37,6 +33,10 @@ struct alignas(16) uint4 {
 #else
 
 #include <cuda_runtime.h>
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "thread-block clusters need compute capability 9.0: CMAKE_CUDA_ARCHITECTURES=90a-real"
+#endif
 
 #define HRA_CLUSTER_BARRIER() ::hra::device::cluster_barrier()
 
@@ -66,10 +66,7 @@ struct Mailbox {
 inline char* dynamic_shared() { return emulation::dynamic_shared(); }
 inline unsigned cluster_rank() { return emulation::cluster_rank(); }
 inline void sync_warp() { emulation::warp_collective("__syncwarp", kFullWarp, nullptr, nullptr); }
-inline float shuffle_xor(float value, int mask) {
-  return static_cast<float>(emulation::shuffle_xor(kFullWarp, value, mask));
-}
-inline double shuffle_xor(double value, int mask) { return emulation::shuffle_xor(kFullWarp, value, mask); }
+inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(kFullWarp, value, mask); }
 
 inline void cp_async_16(void* shared, const void* global, int bytes) {
   emulation::async_copy(shared, global, static_cast<unsigned>(bytes));
@@ -80,9 +77,9 @@ inline void cp_async_wait() {
   emulation::async_wait(kGroupsLeft);
 }
 
-template <int kCount, bool kTranspose>
-inline void ldmatrix(uint32_t (&registers)[kCount], const void* row) {
-  emulation::ldmatrix(registers, kCount, kTranspose, row);
+template <bool kTranspose>
+inline void ldmatrix(uint32_t (&registers)[4], const void* row) {
+  emulation::ldmatrix(registers, kTranspose, row);
 }
 inline uint32_t transpose_8x8(uint32_t pair) { return emulation::movmatrix(pair); }
 inline void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { emulation::mma_bf16_16x8x16(c, a, b); }
@@ -103,16 +100,6 @@ inline float float_from_bits(uint32_t bits) {
   __builtin_memcpy(&value, &bits, 4);
   return value;
 }
-inline double double_from_bits(int64_t bits) {
-  double value;
-  __builtin_memcpy(&value, &bits, 8);
-  return value;
-}
-inline int64_t bits_of(double value) {
-  int64_t bits;
-  __builtin_memcpy(&bits, &value, 8);
-  return bits;
-}
 inline uint32_t pack_fp16(float low, float high) {
   return emulation::float16_from_float(low) | static_cast<uint32_t>(emulation::float16_from_float(high)) << 16;
 }
@@ -128,9 +115,6 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
 }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ float shuffle_xor(float value, int mask) { return __shfl_xor_sync(kFullWarp, value, mask); }
-__device__ __forceinline__ double shuffle_xor(double value, int mask) {
-  return __shfl_xor_sync(kFullWarp, value, mask);
-}
 
 // Copies the first `bytes` of 16 and writes zeros for the rest.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int bytes) {
@@ -143,28 +127,18 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 }
 
-template <int kCount, bool kTranspose>
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[kCount], const void* row) {
-  static_assert(kCount == 2 || kCount == 4, "two or four matrices");
+// Four 8 x 8 matrices of 16-bit values: lane 8 i + j gives the address of row j of matrix i.
+template <bool kTranspose>
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* row) {
   const unsigned address = shared_address(row);
-  if constexpr (kCount == 4 && kTranspose) {
+  if constexpr (kTranspose) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
-  } else if constexpr (kCount == 4) {
+  } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-  } else if constexpr (kTranspose) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
-                 : "r"(address)
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1])
                  : "r"(address)
                  : "memory");
   }
@@ -184,47 +158,52 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Thread-block clusters exist from sm_90 on; kernels that use them are not instantiated below it.
 __device__ __forceinline__ unsigned cluster_rank() {
-  unsigned rank = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
   return rank;
 }
 __device__ __forceinline__ void cluster_barrier() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
 }
 __device__ __forceinline__ void mailbox_init(Mailbox* box) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(box)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
 }
 __device__ __forceinline__ void mailbox_expect(Mailbox* box, int bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(box)), "r"(bytes)
                : "memory");
-#endif
 }
+__device__ __forceinline__ bool mailbox_has_ended(Mailbox* box, unsigned phase) {
+  unsigned ended;
+  asm volatile(
+      "{\n\t.reg .pred done;\n\t"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
+      "selp.u32 %0, 1, 0, done;\n\t}"
+      : "=r"(ended)
+      : "r"(shared_address(box)), "r"(phase)
+      : "memory");
+  return ended;
+}
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+// With HRA_SPIN_LIMIT a message that does not come within so many nanoseconds is an error instead of a hang.
 __device__ __forceinline__ void mailbox_wait(Mailbox* box, unsigned phase) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  unsigned complete = 0;
-  while (!complete) {
-    asm volatile(
-        "{\n\t.reg .pred done;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n\t"
-        "selp.u32 %0, 1, 0, done;\n\t}"
-        : "=r"(complete)
-        : "r"(shared_address(box)), "r"(phase)
-        : "memory");
+#ifdef HRA_SPIN_LIMIT
+  if (mailbox_has_ended(box, phase)) return;
+  const uint64_t begin = nanoseconds();
+  while (!mailbox_has_ended(box, phase)) {
+    if (nanoseconds() - begin > HRA_SPIN_LIMIT) __trap();
+  }
+#else
+  while (!mailbox_has_ended(box, phase)) {
   }
 #endif
 }
 __device__ __forceinline__ void send_in_cluster(float4* local, Mailbox* box, unsigned rank, const float4& value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   unsigned remote, remote_box;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared_address(local)), "r"(rank));
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_box) : "r"(shared_address(box)), "r"(rank));
@@ -232,7 +211,6 @@ __device__ __forceinline__ void send_in_cluster(float4* local, Mailbox* box, uns
       "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote),
       "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(remote_box)
       : "memory");
-#endif
 }
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
@@ -246,8 +224,6 @@ __device__ __forceinline__ float to_float(fp16 value) {
   return wide;
 }
 __device__ __forceinline__ float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
-__device__ __forceinline__ double double_from_bits(int64_t bits) { return __longlong_as_double(bits); }
-__device__ __forceinline__ int64_t bits_of(double value) { return __double_as_longlong(value); }
 __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -255,11 +231,6 @@ __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
 }
 
 #endif
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(bf16 value) {
-  return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
-}
 
 // Two neighbors, whose address is a multiple of their size.
 struct Pair {
@@ -273,21 +244,5 @@ __device__ __forceinline__ Pair unpack(fp16, uint32_t packed) {
 }
 __device__ __forceinline__ uint32_t pack(bf16, Pair pair) { return pack_bf16(pair.low, pair.high); }
 __device__ __forceinline__ uint32_t pack(fp16, Pair pair) { return pack_fp16(pair.low, pair.high); }
-
-template <typename T>
-__device__ __forceinline__ Pair load_pair(const T* from) {
-  return unpack(T{}, *reinterpret_cast<const uint32_t*>(from));
-}
-__device__ __forceinline__ Pair load_pair(const float* from) {
-  const float2 pair = *reinterpret_cast<const float2*>(from);
-  return {pair.x, pair.y};
-}
-template <typename T>
-__device__ __forceinline__ void store_pair(T* to, Pair pair) {
-  *reinterpret_cast<uint32_t*>(to) = pack(T{}, pair);
-}
-__device__ __forceinline__ void store_pair(float* to, Pair pair) {
-  *reinterpret_cast<float2*>(to) = float2{pair.low, pair.high};
-}
 
 }  // namespace hra::device

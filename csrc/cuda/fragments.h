@@ -8,7 +8,7 @@
 // are no more than a cluster holds.
 #pragma once
 
-#include "reflect.h"
+#include "tiles.h"
 
 namespace hra::cuda {
 
@@ -200,6 +200,13 @@ struct Terms {
   }
 };
 
+// m = t, or its transpose.
+struct Middle {
+  const float* t;  // (R, R)
+  int R;
+  bool transpose;
+};
+
 // m's terms in shared memory, zero beyond (R, R).
 using MiddleTile = TermTile<3, 16, 16>;
 
@@ -214,18 +221,40 @@ __device__ __forceinline__ void put_middle(MiddleTile& tile, const Middle& m) {
   }
 }
 
+// One term of the operands b of two tiles, as one ldmatrix leaves them.
+template <int kTerms>
+__device__ __forceinline__ void two_tiles(uint32_t (&b)[2][kTerms][2], int term, const uint32_t (&r)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) b[i / 2][term][i % 2] = r[i];
+}
+
 // product = p m, to float32's accuracy.
 template <int kRank>
 __device__ __forceinline__ void times(Result<kRank>& product, const Terms<3, kRank>& p, const MiddleTile& m) {
   uint32_t a[3][4];
   p.rows(a);
+  uint32_t b[2][3][2], r[4];
+  const int lane = lane_id();
+  if constexpr (kRank ==
+                8) {  // the three terms of m's first 8 x 8, all that p's 8 columns meet; the fourth is not used
+    ldmatrix<true>(r, m.at(lane / 8 % 3, lane % 8, 0));
+#pragma unroll
+    for (int term = 0; term < 3; ++term) {
+      b[0][term][0] = r[term];
+      b[0][term][1] = 0;
+    }
+  } else {
+#pragma unroll
+    for (int term = 0; term < 3; ++term) {
+      ldmatrix<true>(r, m.at(term, lane % 16, lane / 16 * 8));
+      two_tiles(b, term, r);
+    }
+  }
 #pragma unroll
   for (int n = 0; n < kRank / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) product[n][i] = 0;
-    uint32_t b[3][2];
-    b_from_terms(b, m, 0, 8 * n);
-    mma_terms<2>(product[n], a, b);
+    mma_terms<2>(product[n], a, b[n]);
   }
 }
 
@@ -236,22 +265,27 @@ __device__ __forceinline__ void add_projection(Result<kRank>& sum, RowsInFlight<
   const int lane = lane_id();
 #pragma unroll
   for (int k = 0; k < kColumns; k += 16) {
-    uint32_t a[Split<T>::kX][4];
+    uint32_t a[kTermsOf<T>][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t terms[Split<T>::kX];
+      uint32_t terms[kTermsOf<T>];
       split_packed<T>(terms, word(x.vectors[k / 32][i % 2], k % 32 / 8 + i / 2));
 #pragma unroll
-      for (int term = 0; term < Split<T>::kX; ++term) a[term][i] = terms[term];
+      for (int term = 0; term < kTermsOf<T>; ++term) a[term][i] = terms[term];
     }
     if constexpr (kRank == 8) {
       uint32_t r[4];
-      ldmatrix<4, false>(r, v.at(lane / 16, lane % 8, column0 + k + lane / 8 % 2 * 8));
+      ldmatrix<false>(r, v.at(lane / 16, lane % 8, column0 + k + lane / 8 % 2 * 8));
       const uint32_t b[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
       mma_terms<1>(sum[0], a, b);
     } else {
       uint32_t b[2][2][2];
-      b_from_terms_transposed(b, v, 0, column0 + k);
+#pragma unroll
+      for (int term = 0; term < 2; ++term) {
+        uint32_t r[4];
+        ldmatrix<false>(r, v.at(term, lane % 8 + lane / 16 * 8, column0 + k + lane / 8 % 2 * 8));
+        two_tiles(b, term, r);
+      }
       mma_terms<1>(sum[0], a, b[0]);
       mma_terms<1>(sum[1], a, b[1]);
     }
@@ -289,7 +323,7 @@ __device__ __forceinline__ void change_of_group(float (&change)[4][4], const Coe
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
       uint32_t r[4];
-      ldmatrix<4, true>(r, v.at(lane / 8 % 2, lane % 8, column + 8 * j + lane / 16 * 8));
+      ldmatrix<true>(r, v.at(lane / 8 % 2, lane % 8, column + 8 * j + lane / 16 * 8));
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const uint32_t b[2] = {r[2 * k], r[2 * k + 1]};
@@ -301,7 +335,7 @@ __device__ __forceinline__ void change_of_group(float (&change)[4][4], const Coe
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       uint32_t r[4];
-      ldmatrix<4, true>(r, v.at(lane / 16, lane % 16, column + 8 * j));
+      ldmatrix<true>(r, v.at(lane / 16, lane % 16, column + 8 * j));
       const uint32_t b[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
       mma_terms<1>(change[j], s.a, b);
     }

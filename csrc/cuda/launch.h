@@ -13,29 +13,21 @@
 namespace hra::cuda {
 
 struct Launch {
-  int64_t grid_x;
-  int64_t grid_y;
+  int64_t blocks;
   int threads;
   int64_t shared_bytes;
   void* stream;
-  int cluster = 0;  // blocks along x that form a cluster; 0: the kernel knows no clusters
-};
-
-struct Device {
-  int capability;  // times ten
-  int multiprocessors;
-  int64_t shared_bytes;  // most that one block can ask for
+  int cluster = 0;  // blocks that form a cluster; 0: the kernel knows no clusters
 };
 
 #ifdef HRA_EMULATION
 
 Status report(const std::string& message);
-Status current_device(Device& device);
 
 template <typename... Parameters, typename... Arguments>
 Status launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&... arguments) {
   emulation::LaunchShape shape;
-  shape.grid = {static_cast<unsigned>(how.grid_x), static_cast<unsigned>(how.grid_y), 1};
+  shape.blocks = static_cast<unsigned>(how.blocks);
   shape.threads = static_cast<unsigned>(how.threads);
   shape.cluster = how.cluster > 0 ? static_cast<unsigned>(how.cluster) : 1;
   shape.shared_bytes = static_cast<size_t>(how.shared_bytes);
@@ -44,52 +36,40 @@ Status launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&
 
 // How many clusters of this kernel run at once.
 template <typename... Parameters>
-Status resident_clusters(void (*)(Parameters...), const Launch&, int64_t& clusters) {
+Status count_resident(void (*)(Parameters...), const Launch&, int64_t& clusters) {
   clusters = 2;  // more than one, so that persistent kernels are seen both to loop and to share out their work
   return 0;
 }
 
 #else
 
-Status current_device(Device& device);
-
 namespace detail {
 
 // The runtime's configuration for `how`; `attribute` must outlive it.
 cudaLaunchConfig_t configuration(const Launch& how, cudaLaunchAttribute* attribute);
 
-// Asks the driver once for each kernel, launch shape and device, and remembers: it takes microseconds to answer.
-Status resident_clusters(const void* kernel, const Launch& how, int64_t& clusters);
+// What a kernel of clusters may ask for, set once for each kernel and device.
+cudaError_t allow_clusters(const void* kernel);
 
-template <typename Kernel>
-cudaError_t allow(Kernel kernel, const Launch& how) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (how.shared_bytes > (48 << 10)) {
-    cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  return how.cluster > 8 ? cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)
-                         : cudaSuccess;
-}
+Status count_resident(const void* kernel, const Launch& how, int64_t& clusters);
 
 }  // namespace detail
 
 template <typename... Parameters, typename... Arguments>
 Status launch(void (*kernel)(Parameters...), const Launch& how, const Arguments&... arguments) {
-  cudaError_t error = detail::allow(kernel, how);
-  if (error != cudaSuccess) return error;
+  if (how.cluster > 0) {
+    const cudaError_t error = detail::allow_clusters(reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchAttribute attribute;
-  cudaLaunchConfig_t configuration = detail::configuration(how, &attribute);
+  const cudaLaunchConfig_t configuration = detail::configuration(how, &attribute);
   return cudaLaunchKernelEx(&configuration, kernel, static_cast<Parameters>(arguments)...);
 }
 
-// How many clusters of this kernel run at once.
+// How many clusters of this kernel run at once; 0 where the device forms none of this size.
 template <typename... Parameters>
-Status resident_clusters(void (*kernel)(Parameters...), const Launch& how, int64_t& clusters) {
-  cudaError_t error = detail::allow(kernel, how);
-  if (error != cudaSuccess) return error;
-  return detail::resident_clusters(reinterpret_cast<const void*>(kernel), how, clusters);
+Status count_resident(void (*kernel)(Parameters...), const Launch& how, int64_t& clusters) {
+  return detail::count_resident(reinterpret_cast<const void*>(kernel), how, clusters);
 }
 
 #endif

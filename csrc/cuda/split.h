@@ -1,7 +1,7 @@
 // Every product runs on bfloat16 matrix instructions with float32 sums. Wider values enter as sums of bfloat16 terms:
 //
-//   bfloat16   1 term, exact             float16   2 terms, exact             float32   3 terms, to 2^-24
-//   v and s    2 terms (2^-17) beside 16-bit activations, 3 beside float32
+//   x in bfloat16   1 term, exact            v and s                    2 terms, to 2^-17
+//   x in float16    2 terms, exact           p, q, m of size R x R      3 terms, to 2^-24
 //
 // and a product keeps the pairs of terms (i, j) with i + j <= kOrder. bfloat16's range is float32's, so that nothing
 // over- or underflows where the float32 value would not: s has columns of 1e-7 where HRA's pairs are nearly equal, and
@@ -12,20 +12,11 @@
 
 namespace hra::device {
 
+// Terms of an activation.
 template <typename T>
-struct Split;
+constexpr int kTermsOf = 1;
 template <>
-struct Split<bf16> {
-  static constexpr int kX = 1, kV = 2, kOrder = 1;
-};
-template <>
-struct Split<fp16> {
-  static constexpr int kX = 2, kV = 2, kOrder = 1;
-};
-template <>
-struct Split<float> {
-  static constexpr int kX = 3, kV = 3, kOrder = 2;
-};
+constexpr int kTermsOf<fp16> = 2;
 
 // (low, high) as kTerms packed pairs whose sum is (low, high).
 template <int kTerms>
@@ -40,8 +31,8 @@ __device__ __forceinline__ void split_pair(uint32_t (&terms)[kTerms], float low,
 
 // Two neighboring activations, as they lie in a register, into terms.
 template <typename T>
-__device__ __forceinline__ void split_packed(uint32_t (&terms)[Split<T>::kX], uint32_t packed) {
-  if constexpr (Split<T>::kX == 1) {
+__device__ __forceinline__ void split_packed(uint32_t (&terms)[kTermsOf<T>], uint32_t packed) {
+  if constexpr (kTermsOf<T> == 1) {
     terms[0] = packed;
   } else {
     const Pair pair = unpack(T{}, packed);

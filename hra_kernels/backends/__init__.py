@@ -55,26 +55,32 @@ def _require_available(name: str | None) -> None:
         raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
 
 
-def _why_unsupported(name: str, device: torch.device, dtype: torch.dtype, rank: int, factor: bool) -> str | None:
-    backend = BACKENDS[name]
-    return (backend.why_factor_unsupported if factor else backend.why_unsupported)(device, dtype, rank)
+def _why_unsupported(
+    name: str, device: torch.device, dtype: torch.dtype, rank: int, width: int | None, factor: bool
+) -> str | None:
+    if factor:
+        return BACKENDS[name].why_factor_unsupported(device, dtype, rank)
+    return BACKENDS[name].why_unsupported(device, dtype, rank, width)
 
 
-def select_backend(device: torch.device, dtype: torch.dtype, rank: int, *, factor: bool = False) -> str:
+def select_backend(
+    device: torch.device, dtype: torch.dtype, rank: int, width: int | None = None, *, factor: bool = False
+) -> str:
     """The name of the backend that reflects tensors of this device and dtype with this many columns.
 
     `HRA_BACKEND` or `use_backend` overrides the choice; a backend forced by name that cannot serve the tensors raises.
 
     Args:
+        width: D of the tensors; None asks about some D.
         factor: the backend for the factor of such vectors u instead.
     """
     if _forced is not None:
         _require_available(_forced)
-        reason = _why_unsupported(_forced, device, dtype, rank, factor)
+        reason = _why_unsupported(_forced, device, dtype, rank, width, factor)
         if reason:
             raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
         return _forced
     for name in _PREFERRED.get(device.type, ()):
-        if not (BACKENDS[name].why_unavailable() or _why_unsupported(name, device, dtype, rank, factor)):
+        if not (BACKENDS[name].why_unavailable() or _why_unsupported(name, device, dtype, rank, width, factor)):
             return name
     return reference.BACKEND.name

@@ -25,6 +25,8 @@ class Backend(ABC):
     """Of x, dy and u; None is any."""
     max_rank: int | None = None
     """Largest R; None is any."""
+    max_width: int | None = None
+    """Largest D of reflections; None is any."""
     shares_launches = False
     """Whether `wy_factor_many` costs fewer launches than its factors one by one."""
 
@@ -32,14 +34,22 @@ class Backend(ABC):
     def why_unavailable(self) -> str | None:
         """None where it can run on this machine, else the reason."""
 
-    def why_unsupported(self, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
-        """None where it reflects tensors of this device and dtype with this many columns, else the reason."""
+    def why_unsupported(
+        self, device: torch.device, dtype: torch.dtype, rank: int, width: int | None = None
+    ) -> str | None:
+        """None where it reflects tensors of this device and dtype with this many columns, else the reason.
+
+        Args:
+            width: their D; None where it does not matter yet.
+        """
         if self.device_type not in (None, device.type):
             return f"it serves {self.device_type} tensors, got {device.type}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it serves {_names(self.dtypes)}, got {str(dtype).removeprefix('torch.')}"
         if self.max_rank is not None and rank > self.max_rank:
             return f"it serves up to {self.max_rank} columns, got {rank}"
+        if self.max_width is not None and width is not None and width > self.max_width:
+            return f"it serves D up to {self.max_width}, got {width}"
         return self._why_device_unsupported(device)
 
     def _why_device_unsupported(self, device: torch.device) -> str | None:

@@ -1,15 +1,18 @@
-"""The `cuda` backend: allocates what csrc/cuda/ fills, and launches it on torch's current stream.
+"""The `cuda` backend: reflections by the cluster kernels of csrc/cuda, on NVIDIA GPUs of compute capability 9.0.
 
-Nothing in csrc/cuda/ has run on a GPU yet: it is tested on the CPU emulation (tests/cuda/emulation.py), and serves only
-by name (`HRA_BACKEND=cuda` or `use_backend("cuda")`). `hra_kernels.reference` is the specification.
+It allocates what they fill and launches them on torch's current stream; factors come from another backend. Nothing in
+csrc/cuda has run on a GPU yet: it is tested on the CPU emulation (tests/cuda/emulation.py), and serves only by name
+(`HRA_BACKEND=cuda` or `use_backend("cuda")`).
 """
 
+import contextlib
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from hra_kernels.backends import triton
 from hra_kernels.backends.base import Backend
 from hra_kernels.backends.tuning import select_slice
 
@@ -19,112 +22,128 @@ except ImportError as error:
     _cuda = None
     _import_error = " ".join(str(error).split())
 
-_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
+_CODES = {torch.bfloat16: 2, torch.float16: 3}
+_CAPABILITY = (9, 0)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class CudaBackend(Backend):
-    """The operators through one compiled module: `_cuda`, or its emulation, whose device is the CPU."""
+    """Reflections through one compiled module: `_cuda`, or its emulation, whose device is the CPU.
+
+    Args:
+        native: the module, or None where it cannot be imported.
+        device_type: where the module's tensors are.
+        factors: the backend that computes the factors.
+    """
 
     name = "cuda"
     dtypes = tuple(_CODES)
-    max_rank = 64  # csrc/hra.h: cuda::kMaxRank
-    shares_launches = True
+    max_rank = 16  # csrc/hra.h: cuda::kMaxRank
+    max_width = 16 * 1024  # the largest cluster, and the backward's widest slice
 
-    def __init__(self, native: ModuleType | None, device_type: str):
+    def __init__(self, native: ModuleType | None, device_type: str, factors: Backend):
         self._native = native
         self.device_type = device_type
+        self._factors = factors
+        self.shares_launches = factors.shares_launches
+        self._resident: dict[tuple, int] = {}
 
     def why_unavailable(self) -> str | None:
-        """None, or what is missing: the module, or a GPU for it."""
+        """None, or what is missing: the module, a GPU for it, or the backend of the factors."""
         if self._native is None:
             return f"the CUDA module is missing: {_import_error}"
         if self.device_type == "cuda" and not torch.cuda.is_available():
             return "the CUDA module is built, but PyTorch sees no GPU"
-        return None
+        reason = self._factors.why_unavailable()
+        return f"its factors come from backend {self._factors.name!r}: {reason}" if reason else None
 
     def _why_device_unsupported(self, device: torch.device) -> str | None:
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            return f"it needs compute capability 8.0, {device} has {torch.cuda.get_device_capability(device)}"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) != _CAPABILITY:
+            return f"it needs compute capability 9.0, {device} has {torch.cuda.get_device_capability(device)}"
         return None
 
-    def _launch(self, function, tensor: Tensor, *arguments) -> None:
-        stream = torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-        with torch.cuda.device_of(tensor):
+    def why_unsupported(
+        self, device: torch.device, dtype: torch.dtype, rank: int, width: int | None = None
+    ) -> str | None:
+        reason = super().why_unsupported(device, dtype, rank, width)
+        if reason or width is None:
+            return reason
+        for backward in (False, True):
+            slice_d, clusters = self._clusters(backward, device, dtype, rank, width)
+            if clusters == 0:
+                return f"{device} forms no clusters of {-(-width // slice_d)} blocks, which D = {width} needs"
+        return None
+
+    def _clusters(
+        self, backward: bool, device: torch.device, dtype: torch.dtype, rank: int, width: int
+    ) -> tuple[int, int]:
+        """Columns that a block holds, and how many clusters of such blocks run at once: asked once, then remembered."""
+        slice_d = select_slice("backward" if backward else "forward", rank, width)
+        key = (backward, device, dtype, rank, width, slice_d)
+        if key not in self._resident:
+            with _on(device):
+                self._resident[key] = self._native.resident_clusters(backward, width, rank, _CODES[dtype], slice_d)
+        return slice_d, self._resident[key]
+
+    def _launch(self, function, device: torch.device, *arguments) -> None:
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        with _on(device):
             function(*arguments, stream)
 
-    def wy_factor_many(self, us: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
-        """One launch for every 32 of them."""
-        count, size_d, rank = us.shape
-        v = torch.empty((count, rank, size_d), dtype=torch.float32, device=us.device)
-        t = torch.empty((count, rank, rank), dtype=torch.float32, device=us.device)
-        layers = [
-            (one_v.data_ptr(), one_t.data_ptr(), u.data_ptr(), size_d, rank, *u.stride(), _CODES[u.dtype], apply_gs)
-            for one_v, one_t, u in zip(v, t, us, strict=True)
-        ]
-        if layers:
-            self._launch(self._native.wy_factor_fwd, us, layers)
-        return v, t
+    def why_factor_unsupported(self, device: torch.device, dtype: torch.dtype, rank: int) -> str | None:
+        return self._factors.why_factor_unsupported(device, dtype, rank)
 
     def wy_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
-        v, t = self.wy_factor_many(u[None], apply_gs)
-        return v[0], t[0]
+        return self._factors.wy_factor(u, apply_gs)
+
+    def wy_factor_many(self, us: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
+        return self._factors.wy_factor_many(us, apply_gs)
 
     def wy_factor_bwd(self, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool) -> Tensor:
-        size_d, rank = u.shape
-        du = torch.empty((size_d, rank), dtype=u.dtype, device=u.device)
-        tensors = [dv.contiguous(), dt.contiguous(), u, v.contiguous(), t.contiguous()]
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        layer = (du.data_ptr(), *pointers, size_d, rank, *u.stride(), _CODES[u.dtype], bool(apply_gs))
-        self._launch(self._native.wy_factor_bwd, u, [layer])
-        return du
+        return self._factors.wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+
+    def _reflect(self, x: Tensor, v: Tensor, t: Tensor, transpose: bool, p: Tensor | None) -> Tensor:
+        (size_m, size_d), rank = x.shape, v.shape[0]
+        y = torch.empty((size_m, size_d), dtype=x.dtype, device=x.device)
+        v, t = v.contiguous(), t.contiguous()
+        self._launch(
+            self._native.reflect_fwd,
+            x.device,
+            *(y.data_ptr(), 0 if p is None else p.data_ptr(), x.data_ptr(), v.data_ptr(), t.data_ptr()),
+            *(size_m, size_d, rank, size_d, x.stride(0), _CODES[x.dtype], transpose),
+            *self._clusters(False, x.device, x.dtype, rank, size_d),
+        )
+        return y
 
     def reflect_fwd(self, x: Tensor, v: Tensor, t: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
-        size_m, size_d = x.shape
-        rank = v.shape[0]
-        y = torch.empty((size_m, size_d), dtype=x.dtype, device=x.device)
-        p = torch.empty((size_m, rank), dtype=torch.float32, device=x.device)
-        v, t = v.contiguous(), t.contiguous()
-        pointers = [tensor.data_ptr() for tensor in (y, p, x, v, t)]
-        sizes = (size_m, size_d, rank, size_d, x.stride(0))
-        slice_d = select_slice("forward", rank, size_d)
-        self._launch(self._native.reflect_fwd, x, *pointers, *sizes, _CODES[x.dtype], transpose, slice_d)
-        return y, p
+        p = torch.empty((x.shape[0], v.shape[0]), dtype=torch.float32, device=x.device)
+        return self._reflect(x, v, t, transpose, p), p
 
     def reflect_dx(self, dy: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:
-        return self._backward(dy, None, v, t, None, transpose)[0]
+        return self._reflect(dy, v, t, not transpose, None)
 
     def reflect_bwd(
         self, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._backward(dy, x, v, t, p, transpose)
-
-    def _backward(self, dy, x, v, t, p, transpose):
-        size_m, size_d = dy.shape
-        rank = v.shape[0]
-        code = _CODES[dy.dtype]
-        slice_d = select_slice("forward" if x is None else "backward", rank, size_d)
+        (size_m, size_d), rank = dy.shape, v.shape[0]
+        clusters = self._clusters(True, dy.device, dy.dtype, rank, size_d)
         dx = torch.empty((size_m, size_d), dtype=dy.dtype, device=dy.device)
-        v, t = v.contiguous(), t.contiguous()
-        dv = dt = workspace = None
-        workspace_bytes = 0
-        if x is not None:
-            p = p.contiguous()
-            dv = torch.empty((rank, size_d), dtype=torch.float32, device=dy.device)
-            dt = torch.empty((rank, rank), dtype=torch.float32, device=dy.device)
-            with torch.cuda.device_of(dy):  # the plan is the device's
-                workspace_bytes = self._native.reflect_bwd_workspace_bytes(size_m, size_d, rank, code, slice_d)
-            workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=dy.device)
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in (dx, dv, dt, dy, x, v, t, p)]
-        strides = (size_d, dy.stride(0), size_d if x is None else x.stride(0))
+        dv = torch.empty((rank, size_d), dtype=torch.float32, device=dy.device)
+        dt = torch.empty((rank, rank), dtype=torch.float32, device=dy.device)
+        workspace_bytes = self._native.reflect_bwd_workspace_bytes(size_m, size_d, rank, *clusters)
+        workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=dy.device)
+        tensors = (dx, dv, dt, dy, x, v.contiguous(), t.contiguous(), p.contiguous())
         self._launch(
             self._native.reflect_bwd,
-            dy,
-            *pointers,
-            *(size_m, size_d, rank, *strides, code, transpose, slice_d),
-            0 if workspace is None else workspace.data_ptr(),
-            workspace_bytes,
+            dy.device,
+            *(tensor.data_ptr() for tensor in tensors),
+            *(size_m, size_d, rank, size_d, dy.stride(0), x.stride(0), _CODES[dy.dtype], transpose),
+            *(*clusters, workspace.data_ptr(), workspace_bytes),
         )
         return dx, dv, dt
 
 
-BACKEND = CudaBackend(_cuda, "cuda")
+BACKEND = CudaBackend(_cuda, "cuda", triton.BACKEND)

@@ -146,8 +146,8 @@ def test_the_fastest_right_slice_is_found(monkeypatch):
     from bench.gpu import tune
     from hra_kernels.backends import tuning
 
-    seconds = {0: 4.0, 512: 3.0, 1024: 2.95, 2048: 1.0}  # 1024 is not worth it
-    errors = {0: 1e-3, 512: 1e-3, 1024: 1e-3, 2048: 0.5}  # 2048 is wrong
+    seconds = {512: 3.0, 1024: 2.95, 2048: 1.0}  # 1024 is not worth it
+    errors = {512: 1e-3, 1024: 1e-3, 2048: 0.5}  # 2048 is wrong
 
     class Fake:
         def __init__(self, *arguments):
@@ -159,7 +159,7 @@ def test_the_fastest_right_slice_is_found(monkeypatch):
 
     monkeypatch.setattr(tune, "Bench", Fake)
     best, log = tune.search_slices(None, ("forward", 8), (8192, 4096), "cpu")
-    assert best == 512 and [entry["choice"] for entry in log] == [0, 512, 1024, 2048]
+    assert best == 512 and [entry["choice"] for entry in log] == [512, 1024, 2048]
     errors[2048] = 1e-3
     assert tune.search_slices(None, ("forward", 8), (8192, 4096), "cpu")[0] == 2048
 

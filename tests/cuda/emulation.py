@@ -12,6 +12,9 @@ from types import ModuleType
 
 import pytest
 
+from hra_kernels import ops
+from hra_kernels.backends.cuda import CudaBackend
+
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2, 3, 4, 5)
 """Even seeds interleave warps, odd seeds let one run ahead; 2 and 3 go downwards, 4 and 5 at random."""
@@ -19,6 +22,11 @@ SEEDS = (0, 1, 2, 3, 4, 5)
 
 class BuildFailed(Exception):
     """What the compiler said."""
+
+
+def backend(native: ModuleType) -> CudaBackend:
+    """The CUDA backend on an emulated module; its factors are the reference's."""
+    return CudaBackend(native, "cpu", ops.BACKENDS["reference"])
 
 
 def run(command: list[str]) -> None:

@@ -213,34 +213,35 @@ void mailbox_overfilled() { cluster_sum(true, true, true, true, planted ? 2040 :
 // Rows of a against rows of b through ldmatrix and mma.sync, and b again through the transposing load and in registers.
 void fragments() {
   auto* a = reinterpret_cast<bf16*>(dynamic_shared());  // (16, 16)
-  auto* b = a + 256;                                    // (8, 16): b's columns as rows
-  auto* c = b + 128;                                    // (16, 8): b as it is multiplied
+  auto* b = a + 256;                                    // (16, 16): b's columns as rows
+  auto* c = b + 256;                                    // (16, 16): b as it is multiplied
   const int lane = tid() % 32;
-  for (int i = tid(); i < 256; i += kThreads) a[i].bits = static_cast<uint16_t>(pack_bf16(float(i % 13) - 6, 0));
-  for (int i = tid(); i < 128; i += kThreads) {
-    const auto bits = static_cast<uint16_t>(pack_bf16(float(i % 7) - 3, 0));
-    b[i].bits = bits;
-    c[i % 16 * 8 + i / 16].bits = bits;
+  for (int i = tid(); i < 256; i += kThreads) {
+    a[i].bits = static_cast<uint16_t>(pack_bf16(float(i % 13) - 6, 0));
+    b[i].bits = c[i % 16 * 16 + i / 16].bits = static_cast<uint16_t>(pack_bf16(float(i % 7) - 3, 0));
   }
   __syncthreads();
-  uint32_t a_registers[4], b_registers[2], again[2], transposed[2];
-  ldmatrix<4, false>(a_registers, a + lane % 16 * 16 + lane / 16 * 8);
-  ldmatrix<2, false>(b_registers, b + lane % 8 * 16 + lane / 8 % 2 * 8);
-  ldmatrix<2, true>(again, c + lane % 16 * 8);
-  ldmatrix<2, true>(transposed, b + lane % 8 * 16 + lane / 8 % 2 * 8);
-  float sum[4] = {};
-  mma(sum, a_registers, b_registers);
+  uint32_t a_registers[4], b_registers[4], again[4], transposed[4];
+  ldmatrix<false>(a_registers, a + lane % 16 * 16 + lane / 16 * 8);
+  ldmatrix<false>(b_registers, b + (lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8);
+  ldmatrix<true>(again, c + lane % 16 * 16 + lane / 16 * 8);
+  ldmatrix<true>(transposed, b + (lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8);
   bool same = true;
-  for (int i = 0; i < 2; ++i) same &= b_registers[i] == again[i] && transpose_8x8(b_registers[i]) == transposed[i];
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    if (tid() < 32) global.out[(planted ? row * 8 + 7 - column : row * 8 + column)] = same ? sum[i] : NAN;
+  for (int i = 0; i < 4; ++i) same &= b_registers[i] == again[i] && transpose_8x8(b_registers[i]) == transposed[i];
+  for (int n = 0; n < 2; ++n) {
+    float sum[4] = {};
+    const uint32_t tile[2] = {b_registers[2 * n], b_registers[2 * n + 1]};
+    mma(sum, a_registers, tile);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
+      if (tid() < 32) global.out[row * 16 + (planted ? 15 - column : column)] = same ? sum[i] : NAN;
+    }
   }
 }
 bool fragments_ok() {
-  return out_is(128, [](int i) {
+  return out_is(256, [](int i) {
     float sum = 0;
-    for (int k = 0; k < 16; ++k) sum += (float((i / 8 * 16 + k) % 13) - 6) * (float((i % 8 * 16 + k) % 7) - 3);
+    for (int k = 0; k < 16; ++k) sum += (float((i / 16 * 16 + k) % 13) - 6) * (float((i % 16 * 16 + k) % 7) - 3);
     return sum;
   });
 }
@@ -287,7 +288,7 @@ int main(int count, char** arguments) {
   for (const Probe& probe : kProbes) {
     if (std::strcmp(probe.name, arguments[1]) != 0) continue;
     hra::emulation::LaunchShape shape;
-    shape.grid = {probe.cluster, 1, 1};
+    shape.blocks = probe.cluster;
     shape.threads = kThreads;
     shape.cluster = probe.cluster;
     shape.shared_bytes = probe.cluster > 1 ? 4096 + 2 * sizeof(Mailbox) : 4096;

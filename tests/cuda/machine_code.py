@@ -1,6 +1,6 @@
-"""The CUDA kernels as machine code for GPUs that are not here.
+"""The CUDA kernels as machine code for a GPU that is not here.
 
-    python -m tests.cuda.machine_code       prints one line for each kernel and architecture, and each launch's memory
+    python -m tests.cuda.machine_code       prints one line for each kernel, and each launch's memory
 
 Read from the installed module, the one that ships. Where that has none it is built into build/cuda-strict, where a
 spill or local memory is an error, and kept there. Shared memory is chosen at launch, so it is read from launches on the
@@ -20,11 +20,12 @@ from unittest import mock
 
 import torch
 
+from hra_kernels.backends import tuning
 from tests.cuda import emulation
 
-ARCHITECTURES = ("80", "90a", "100a", "120")
-SHARED_LIMIT = {80: 166912, 90: 232448, 120: 101376}
-"""Bytes of shared memory one block may have, by compute capability; NVIDIA's published limits."""
+ARCHITECTURE = "90a"
+SHARED_LIMIT = 232448
+"""Bytes of shared memory one block may have; NVIDIA's published limit for compute capability 9.0."""
 
 _INSTRUCTIONS = {
     "mma": r"HMMA\.16816\.F32\.BF16",
@@ -34,23 +35,23 @@ _INSTRUCTIONS = {
     "store16": r"STG\.E\.(?:\w+\.)*128",
     "cluster": r"UCGABAR_ARV",
     "send16": r"STAS\.128",
+    "trap": r"BPT\.TRAP",
     "local": r"(?:LDL|STL)\b",
 }
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of one architecture: registers and counts of the instructions in `_INSTRUCTIONS`."""
+    """One kernel: registers and counts of the instructions in `_INSTRUCTIONS`."""
 
     name: str
-    architecture: str
     registers: int
     stack: int
     counts: Counter
 
     def __str__(self) -> str:
         counts = "  ".join(f"{name} {self.counts[name]:4d}" for name in _INSTRUCTIONS)
-        return f"sm_{self.architecture:5s} {self.name:42s} registers {self.registers:3d}  stack {self.stack}  {counts}"
+        return f"{self.name:34s} registers {self.registers:3d}  stack {self.stack}  {counts}"
 
 
 def why_unavailable() -> str | None:
@@ -79,24 +80,28 @@ def _installed() -> Path | None:
     return Path(found.origin) if found else None
 
 
-def compiled_module() -> Path:
-    """The path of `_cuda`: the installed one, or one built strictly."""
-    if _installed():
-        return _installed()
+def build(name: str, **options: str) -> Path:
+    """The path of `_cuda`, built into build/`name`, where a spill or local memory is an error."""
     import pybind11
 
-    folder = emulation.ROOT / "build" / "cuda-strict"
-    options = [
-        "-DHRA_CUDA=ON",
-        "-DHRA_CUDA_STRICT=ON",
-        f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{name}-real' for name in ARCHITECTURES)}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-    ]
-    emulation.run(["cmake", "-S", str(emulation.ROOT / "csrc"), "-B", str(folder), *options])
+    folder = emulation.ROOT / "build" / name
+    options = {
+        "HRA_CUDA": "ON",
+        "HRA_CUDA_STRICT": "ON",
+        "CMAKE_CUDA_ARCHITECTURES": f"{ARCHITECTURE}-real",
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "Python_EXECUTABLE": sys.executable,
+    } | options
+    defined = [f"-D{option}={value}" for option, value in options.items()]
+    emulation.run(["cmake", "-S", str(emulation.ROOT / "csrc"), "-B", str(folder), *defined])
     emulation.run(["cmake", "--build", str(folder), "--target", "_cuda", "--parallel", "2"])
     (built,) = folder.glob("_cuda*.so")
     return built
+
+
+def compiled_module() -> Path:
+    """The path of `_cuda`: the installed one, or one built strictly."""
+    return _installed() or build("cuda-strict")
 
 
 def _short(mangled: str) -> str:
@@ -106,44 +111,39 @@ def _short(mangled: str) -> str:
 
 
 def kernels(module: Path) -> list[Kernel]:
-    """Every kernel in the module, for every architecture."""
-    cuobjdump = _tool("cuobjdump")
+    """Every kernel in the module."""
+    arguments = [_tool("cuobjdump"), "-arch", f"sm_{ARCHITECTURE}", str(module)]
+    usage = subprocess.run([*arguments, "-res-usage"], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run([*arguments, "-sass"], capture_output=True, text=True, check=True).stdout
+    resources = {
+        name: (int(registers), int(stack))
+        for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    }
     found = []
-    for architecture in ARCHITECTURES:
-        arguments = [cuobjdump, "-arch", f"sm_{architecture}", str(module)]
-        usage = subprocess.run([*arguments, "-res-usage"], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([*arguments, "-sass"], capture_output=True, text=True, check=True).stdout
-        resources = {
-            name: (int(registers), int(stack))
-            for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
-        }
-        for section in code.split("Function : ")[1:]:
-            name, body = section.split("\n", 1)
-            counts = Counter({key: len(re.findall(pattern, body)) for key, pattern in _INSTRUCTIONS.items()})
-            found.append(Kernel(_short(name), architecture, *resources[name], counts))
+    for section in code.split("Function : ")[1:]:
+        name, body = section.split("\n", 1)
+        counts = Counter({key: len(re.findall(pattern, body)) for key, pattern in _INSTRUCTIONS.items()})
+        found.append(Kernel(_short(name), *resources[name], counts))
     return found
 
 
-def launches(op: str, D: int, R: int, dtype: torch.dtype, capability: int, size: int, rows: int = 16):
-    """(blocks, blocks per cluster, shared bytes) of each launch of an op on the emulation with one slice."""
-    from hra_kernels.backends import tuning
-    from hra_kernels.backends.cuda import CudaBackend
-
+def launches(direction: str, D: int, R: int, dtype: torch.dtype, size: int, rows: int = 16):
+    """(blocks, blocks per cluster, shared bytes) of each launch of a pass on the emulation with one slice."""
     native = emulation.emulated()
-    native.emulate(0, capability)
-    backend = CudaBackend(native, "cpu")
+    native.emulate(0)
+    backend = emulation.backend(native)
     x, v, t = torch.zeros(rows, D, dtype=dtype), torch.zeros(R, D), torch.zeros(R, R)
     native.launches()
     with mock.patch.dict(tuning.SLICES, {key: [(tuning.WIDE, size)] for key in tuning.SLICES}):
-        if op == "forward":
+        if direction == "forward":
             backend.reflect_fwd(x, v, t, True)
         else:
             backend.reflect_bwd(x, x, v, t, torch.zeros(rows, R), True)
     return native.launches()
 
 
-SLICES = (0, 512, 1024, 2048)
-SHAPES = [(2048, 8), (4096, 8), (4096, 16), (4096, 32), (4096, 64), (8192, 8), (16384, 8), (16384, 16)]
+SLICES = {"forward": (512, 1024, 2048), "backward": (512, 1024)}
+WIDTHS = (64, 2048, 4096, 8192, 16384)
 
 
 def main() -> None:
@@ -153,12 +153,13 @@ def main() -> None:
         sys.exit(f"the CUDA kernels cannot be compiled here: {reason}")
     for kernel in kernels(compiled_module()):
         print(kernel)
-    for op in ("forward", "backward"):
-        for capability in SHARED_LIMIT:
-            for (D, R), size in itertools.product(SHAPES, SLICES):
-                shapes = launches(op, D, R, torch.bfloat16, capability, size)
-                described = ", ".join(f"cluster {cluster} {memory} B" for _, cluster, memory in shapes)
-                print(f"{op:8s} bfloat16 D {D:5d} R {R:2d} slice {size:4d} sm {capability}: {described}")
+    for direction, sizes in SLICES.items():
+        for D, R, size in itertools.product(WIDTHS, (8, 16), sizes):
+            if 16 * size < D:
+                continue
+            shapes = launches(direction, D, R, torch.bfloat16, size)
+            described = ", ".join(f"cluster {cluster} {memory} B" for _, cluster, memory in shapes)
+            print(f"{direction:8s} bfloat16 D {D:5d} R {R:2d} slice {size:4d}: {described}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,12 @@ SLOW_BACKENDS = {"triton", "cuda-emulated"}
 """Where these run on a CPU, they interpret: they get the small cases."""
 
 
+EVERY_BACKEND = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+"""Between them these reach every backend, and both widths of an element."""
+
+
 def chain_results(x, u, dy, case):
     """y, dx and du through the public operators."""
     x, u = x.detach().requires_grad_(), u.detach().requires_grad_()
@@ -27,7 +33,7 @@ def chain_results(x, u, dy, case):
 def skip_unsupported(backend, device, dtype, case):
     if backend in SLOW_BACKENDS and device.type == "cpu" and case in CASES and case not in SMALL_CASES:
         pytest.skip(f"{backend} is interpreted here, and this case is large")
-    reason = ops.BACKENDS[backend].why_unsupported(device, dtype, case.R)
+    reason = ops.BACKENDS[backend].why_unsupported(device, dtype, case.R, case.D)
     if reason:
         pytest.skip(reason)
 
@@ -112,6 +118,7 @@ def test_what_one_step_learns_is_applied(on_backend, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_repeated_runs_are_bitwise_equal(on_backend, device, dtype):
     case, repeats = (Case(131, 264, 8), 3) if device.type == "cpu" else (Case(8192, 4096, 8), 10)
+    skip_unsupported(on_backend, device, dtype, case)
     x, u, dy = (tensor.to(device) for tensor in make_inputs(case, dtype))
     first = chain_results(x, u, dy, case)
     for _ in range(repeats):
@@ -119,12 +126,14 @@ def test_repeated_runs_are_bitwise_equal(on_backend, device, dtype):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_inputs_are_untouched_and_views_serve(on_backend, device):
+@EVERY_BACKEND
+def test_inputs_are_untouched_and_views_serve(on_backend, device, dtype):
     case = Case(33, 100, 7)
-    x, u, dy = (tensor.to(device) for tensor in make_inputs(case, torch.float32))
+    skip_unsupported(on_backend, device, dtype, case)
+    x, u, dy = (tensor.to(device) for tensor in make_inputs(case, dtype))
     exact = explicit(x.cpu(), u.cpu(), dy.cpu(), case)
-    naive = naive_chain(x.cpu(), u.cpu(), dy.cpu(), case, torch.float32)
-    wide_x, wide_dy = torch.randn(33, 333, device=device), torch.randn(40, 100, device=device)
+    naive = naive_chain(x.cpu(), u.cpu(), dy.cpu(), case, dtype)
+    wide_x, wide_dy = (torch.randn(size, device=device).to(dtype) for size in ((33, 333), (40, 100)))
     wide_x[:, 111:211], wide_dy[5:38] = x, dy
     column_u = u.mT.contiguous().mT
     kept = [wide_x.clone(), wide_dy.clone(), column_u.clone()]
@@ -134,35 +143,41 @@ def test_inputs_are_untouched_and_views_serve(on_backend, device):
         (x[:, None].expand(33, 2, 100)[:, 0], u, dy),
     ]:
         got = {name: tensor.cpu() for name, tensor in chain_results(*views, case).items()}
-        assert_accurate(got, naive, exact, torch.float32, case.R)
+        assert_accurate(got, naive, exact, dtype, case.R)
     assert all(torch.equal(now, before) for now, before in zip([wide_x, wide_dy, column_u], kept, strict=True))
 
 
-def test_expanded_gradient(on_backend, device):
+@EVERY_BACKEND
+def test_expanded_gradient(on_backend, device, dtype):
     """The gradient of a sum has stride 0 everywhere."""
     case = Case(12, 40, 4)
-    x, u, _ = (tensor.to(device) for tensor in make_inputs(case, torch.float32))
-    ones = torch.ones(12, 40, device=device)
+    skip_unsupported(on_backend, device, dtype, case)
+    x, u, _ = (tensor.to(device) for tensor in make_inputs(case, dtype))
+    ones = torch.ones(12, 40, device=device, dtype=dtype)
     by_hand = chain_results(x, u, ones, case)
-    by_sum = chain_results(x, u, torch.ones((), device=device).expand(12, 40), case)
+    by_sum = chain_results(x, u, ones[0, 0].expand(12, 40), case)
     assert all(torch.equal(by_hand[name], by_sum[name]) for name in by_hand)
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("shape", [(0, 40, 4), (3, 40, 0), (3, 0, 4), (0, 0, 0)], ids=str)
-def test_empty(on_backend, shape, device):
+def test_empty(on_backend, shape, device, dtype):
     M, D, R = shape
     case = Case(M, D, R)
-    x, u, dy = (torch.randn(size, device=device) for size in ((M, D), (D, R), (M, D)))
+    skip_unsupported(on_backend, device, dtype, case)
+    x, u, dy = (torch.randn(size, device=device).to(dtype) for size in ((M, D), (D, R), (M, D)))
     got = chain_results(x, u, dy, case)
     assert torch.equal(got["y"], x) and torch.equal(got["dx"], dy)
     assert got["du"].shape == (D, R) and not got["du"].any()
 
 
+@EVERY_BACKEND
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["x", "u"])
-def test_non_finite_shows(on_backend, where, value, device):
+def test_non_finite_shows(on_backend, where, value, device, dtype):
     """What is not finite must not vanish: one bad entry of u spoils every row, one of x its own row and no other."""
-    x, u, _ = (tensor.to(device) for tensor in make_inputs(Case(5, 40, 4), torch.float32))
+    skip_unsupported(on_backend, device, dtype, Case(5, 40, 4))
+    x, u, _ = (tensor.to(device) for tensor in make_inputs(Case(5, 40, 4), dtype))
     (x if where == "x" else u)[3, 2] = value
     bad = ~ops.reflect_chain(x, [u], [False], transpose=True).isfinite().all(1)
     assert bad.tolist() == ([True] * 5 if where == "u" else [False, False, False, True, False])

@@ -33,14 +33,13 @@ float toward_zero(double exact) {
 }
 
 struct ShuffleArguments {
-  double value, result;
+  float value, result;
   int lane_mask;
 };
 
 struct LoadArguments {
   uint32_t* registers;
   const void* row;
-  int count;
   bool transpose;
 };
 
@@ -55,14 +54,14 @@ void shuffle_operation(void* const arguments[32], uint32_t mask) {
     auto* mine = static_cast<ShuffleArguments*>(arguments[lane]);
     int source = lane ^ mine->lane_mask;
     // a lane outside the mask gives an undefined value
-    mine->result = mask >> source & 1 ? static_cast<ShuffleArguments*>(arguments[source])->value : std::nan("");
+    mine->result = mask >> source & 1 ? static_cast<ShuffleArguments*>(arguments[source])->value : std::nanf("");
   }
 }
 
 void load_operation(void* const arguments[32], uint32_t) {
   for (int lane = 0; lane < 32; ++lane) {
     auto* mine = static_cast<LoadArguments*>(arguments[lane]);
-    for (int matrix = 0; matrix < mine->count; ++matrix) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t pair[2];
       for (int i = 0; i < 2; ++i) {
         int row = mine->transpose ? 2 * (lane % 4) + i : lane / 4;
@@ -148,16 +147,15 @@ float float_from_float16(uint16_t bits) {
   return bits & 0x8000 ? -size : size;
 }
 
-double shuffle_xor(uint32_t mask, double value, int lane_mask) {
+float shuffle_xor(uint32_t mask, float value, int lane_mask) {
   ShuffleArguments arguments{value, 0, lane_mask};
   warp_collective("__shfl_xor_sync", mask, &arguments, shuffle_operation);
   return arguments.result;
 }
 
-void ldmatrix(uint32_t* registers, int count, bool transpose, const void* row) {
-  // addresses of lanes beyond 8 * count are not used
-  if (static_cast<int>(lane_index()) < 8 * count) check_shared(row, 16, "ldmatrix");
-  LoadArguments arguments{registers, row, count, transpose};
+void ldmatrix(uint32_t registers[4], bool transpose, const void* row) {
+  check_shared(row, 16, "ldmatrix");
+  LoadArguments arguments{registers, row, transpose};
   warp_collective("ldmatrix", kFullWarp, &arguments, load_operation);
 }
 

@@ -10,10 +10,10 @@ uint16_t float16_from_float(float value);
 float float_from_bfloat16(uint16_t bits);
 float float_from_float16(uint16_t bits);
 
-double shuffle_xor(uint32_t mask, double value, int lane_mask);
+float shuffle_xor(uint32_t mask, float value, int lane_mask);
 
-// `count` 8 x 8 matrices of 16-bit values: lane 8 i + j gives the address of row j of matrix i.
-void ldmatrix(uint32_t* registers, int count, bool transpose, const void* row);
+// Four 8 x 8 matrices of 16-bit values: lane 8 i + j gives the address of row j of matrix i.
+void ldmatrix(uint32_t registers[4], bool transpose, const void* row);
 
 // The transpose of an 8 x 8 matrix of 16-bit values, of which lane 4 g + c has columns 2 c and 2 c + 1 of row g.
 uint32_t movmatrix(uint32_t pair);

@@ -85,7 +85,6 @@ struct Block {
 
 struct Machine {
   LaunchShape shape;
-  Dim3 block_size;
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<Warp> warps;
@@ -113,8 +112,7 @@ uint64_t next_random() {
 }
 
 std::string place(const Thread& thread) {
-  return "thread " + std::to_string(thread.index.x) + " of block (" + std::to_string(thread.block->index.x) + ", " +
-         std::to_string(thread.block->index.y) + ")";
+  return "thread " + std::to_string(thread.index.x) + " of block " + std::to_string(thread.block->index.x);
 }
 
 void to_scheduler() {
@@ -214,7 +212,7 @@ void end_phase_if_complete(MailboxState& box) {
   box.waiting.clear();
 }
 
-void begin_cluster(Dim3 first) {
+void begin_cluster(unsigned first) {
   const LaunchShape& shape = machine.shape;
   const unsigned warps_per_block = (shape.threads + kWarpSize - 1) / kWarpSize;
   machine.blocks.assign(shape.cluster, Block{});
@@ -226,7 +224,7 @@ void begin_cluster(Dim3 first) {
   size_t next = 0;
   for (unsigned rank = 0; rank < shape.cluster; ++rank) {
     Block& block = machine.blocks[rank];
-    block.index = {first.x + rank, first.y, 1};
+    block.index = {first + rank};
     block.rank = rank;
     void* allocation = nullptr;
     if (posix_memalign(&allocation, 1024, 2 * kGuardBytes + shape.shared_bytes + (kGuardBytes ? 0 : 1))) {
@@ -243,7 +241,7 @@ void begin_cluster(Dim3 first) {
       Fiber fiber = thread.fiber;
       thread = Thread{};
       thread.fiber = fiber;
-      thread.index = {i, 0, 0};
+      thread.index = {i};
       thread.lane = i % kWarpSize;
       thread.block = &block;
       thread.warp = &machine.warps[rank * warps_per_block + i / kWarpSize];
@@ -274,7 +272,7 @@ void end_cluster() {
   machine.blocks.clear();
 }
 
-void run_cluster(Dim3 first) {
+void run_cluster(unsigned first) {
   begin_cluster(first);
   const size_t count = machine.shape.cluster * machine.shape.threads;
   while (machine.error.empty() && machine.done < count) {
@@ -300,17 +298,14 @@ void run_cluster(Dim3 first) {
 std::string run(const LaunchShape& shape, const std::function<void()>& body) {
   if (shape.threads == 0 || shape.threads > 1024) return "a block has 1 to 1024 threads";
   if (shape.cluster == 0 || shape.cluster > 16) return "a cluster has 1 to 16 blocks";
-  if (shape.grid.x % shape.cluster) return "the grid is not a whole number of clusters";
+  if (shape.blocks % shape.cluster) return "the grid is not a whole number of clusters";
   if (!machine.stacks) machine.stacks = reserve_stacks(kMaxThreads, kStackBytes);
   machine.shape = shape;
   machine.launches.push_back(shape);
-  machine.block_size = {shape.threads, 1, 1};
   machine.body = &body;
   machine.error.clear();
   machine.random = options.seed * 0x9e3779b97f4a7c15 + 0x2545f4914f6cdd1d;
-  for (unsigned y = 0; y < shape.grid.y && machine.error.empty(); ++y) {
-    for (unsigned x = 0; x < shape.grid.x && machine.error.empty(); x += shape.cluster) run_cluster({x, y, 1});
-  }
+  for (unsigned first = 0; first < shape.blocks && machine.error.empty(); first += shape.cluster) run_cluster(first);
   return machine.error;
 }
 
@@ -318,8 +313,7 @@ std::vector<LaunchShape> take_launches() { return std::exchange(machine.launches
 
 const Dim3& thread_index() { return machine.current->index; }
 const Dim3& block_index() { return machine.current->block->index; }
-const Dim3& block_size() { return machine.block_size; }
-const Dim3& grid_size() { return machine.shape.grid; }
+Dim3 grid_size() { return {machine.shape.blocks}; }
 unsigned cluster_rank() { return machine.current->block->rank; }
 unsigned lane_index() { return machine.current->lane; }
 char* dynamic_shared() { return machine.current->block->shared; }

@@ -1,4 +1,4 @@
-// A model of the GPU on which the kernels of this directory run as ordinary C++, for tests on machines without one.
+// A model of the GPU on which the kernels of csrc/cuda run as ordinary C++, for tests on machines without one.
 //
 // Each CUDA thread is a fiber; the blocks of a cluster run together, clusters one after another. What the model adds to
 // plain execution is what makes wrong synchronization visible:
@@ -20,20 +20,20 @@
 
 namespace hra::emulation {
 
+// An index or a size; nothing here has more than one dimension.
 struct Dim3 {
-  unsigned x = 1, y = 1, z = 1;
+  unsigned x = 0;
 };
 
 struct Options {
   uint64_t seed = 0;
-  int capability = 90;  // compute capability the kernels are told they run on, times ten
 };
 extern Options options;
 
 struct LaunchShape {
-  Dim3 grid;
+  unsigned blocks = 1;
   unsigned threads = 1;
-  unsigned cluster = 1;  // blocks along x
+  unsigned cluster = 1;  // blocks that form one
   size_t shared_bytes = 0;
 };
 
@@ -47,8 +47,7 @@ std::vector<LaunchShape> take_launches();
 
 const Dim3& thread_index();
 const Dim3& block_index();
-const Dim3& block_size();
-const Dim3& grid_size();
+Dim3 grid_size();
 unsigned cluster_rank();
 unsigned lane_index();
 char* dynamic_shared();
