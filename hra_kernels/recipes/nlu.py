@@ -6,6 +6,7 @@ layers; each time the test logits must agree. Last, a training step is timed bes
 """
 
 import argparse
+import contextlib
 import json
 import os
 import time
