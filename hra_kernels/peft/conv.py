@@ -44,7 +44,7 @@ class ConvLayer(ReflectionLayer):
         base = self.get_base_layer()
         factor = self._factors.get(us, apply_gs, x.dtype)
         if runs_own_code(base):
-            adapt = partial(hra_weight, us=us, apply_gs=apply_gs, factor=factor)
+            adapt = partial(hra_weight, u=us, apply_gs=apply_gs, factor=factor)
             return self._call_with(adapt, x, *args, **kwargs)
         us = in_factor_dtype(us, x.dtype)
         with loaded(base):
