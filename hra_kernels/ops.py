@@ -281,9 +281,12 @@ def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[T
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for members in groups.values():
-            stacked = torch.stack([us[i] for i in members])
-            backend = choose(stacked.device, stacked.dtype, stacked.shape[2], factor=True)
-            found = zip(*backend.wy_factor_many(stacked, apply_gs), strict=True)
+            if len(members) > 1 and factor_in_groups(us[members[0]]):
+                stacked = torch.stack([us[i] for i in members])
+                backend = choose(stacked.device, stacked.dtype, stacked.shape[2], factor=True)
+                found = zip(*backend.wy_factor_many(stacked, apply_gs), strict=True)
+            else:  # no copy of what nothing is shared with
+                found = [torch.ops.hra.wy_factor_fwd(us[i], apply_gs) for i in members]
             factors.update(zip(members, found, strict=True))
     return [factors[i] for i in range(len(us))]
 
