@@ -25,20 +25,22 @@ def check_u(op: str, u: Tensor) -> None:
 def check_factor(op: str, name: str, x: Tensor, v: Tensor, t: Tensor) -> None:
     """v (R, D) and t (R, R) that reflect x (..., D), called `name`."""
     check_dtype(op, name, x)
-    if x.dim() == 0:
+    x_shape, v_shape = x.shape, v.shape  # each look at a shape makes a new one, and every call passes here
+    if not x_shape:
         raise ValueError(f"{op}: {name} must have at least one dimension, (..., D), got a scalar")
-    if v.dim() != 2 or v.shape[1] != x.shape[-1]:
+    if len(v_shape) != 2 or v_shape[1] != x_shape[-1]:
         raise ValueError(
-            f"{op}: v must be (R, D) with D = {name}.shape[-1] = {x.shape[-1]}, got shape {tuple(v.shape)}"
+            f"{op}: v must be (R, D) with D = {name}.shape[-1] = {x_shape[-1]}, got shape {tuple(v_shape)}"
         )
-    if t.shape != (v.shape[0], v.shape[0]):
-        raise ValueError(f"{op}: t must be (R, R) with R = v.shape[0] = {v.shape[0]}, got shape {tuple(t.shape)}")
-    wanted = factor_dtype(x.dtype)
+    rank = v_shape[0]
+    if t.shape != (rank, rank):
+        raise ValueError(f"{op}: t must be (R, R) with R = v.shape[0] = {rank}, got shape {tuple(t.shape)}")
+    wanted, device = factor_dtype(x.dtype), x.device
     for other, tensor in (("v", v), ("t", t)):
         if tensor.dtype != wanted:
             raise TypeError(f"{op}: {other} must be {wanted} for {x.dtype} {name}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {other} must be on {name}'s device {x.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {other} must be on {name}'s device {device}, got {tensor.device}")
 
 
 def check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from hra_kernels import checks, reference
-from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, select_backend, use_backend
-from hra_kernels.backends.base import Backend
+from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, choose, select_backend, use_backend
 from hra_kernels.factors import factor_dtype, join_factors, join_factors_bwd, split_factor
 
 __all__ = [
@@ -54,41 +53,33 @@ _library.define(
 )
 
 
-def _backend(x: Tensor, rank: int) -> Backend:
-    return BACKENDS[select_backend(x.device, x.dtype, rank, x.shape[-1])]
-
-
-def _factor_backend(u: Tensor) -> Backend:
-    return BACKENDS[select_backend(u.device, u.dtype, u.shape[-1], factor=True)]
-
-
 def _wy_factor_fwd(u, apply_gs):
     checks.check_u("wy_factor_fwd", u)
-    return _factor_backend(u).wy_factor(u, apply_gs)
+    return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor(u, apply_gs)
 
 
 def _wy_factor_bwd(dv, dt, u, v, t, apply_gs):
     checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
-    return _factor_backend(u).wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+    return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor_bwd(dv, dt, u, v, t, apply_gs)
 
 
 def _reflect_fwd(x, v, t, transpose):
     checks.check_factor("reflect_fwd", "x", x, v, t)
     checks.check_rows("reflect_fwd", "x", x)
-    return _backend(x, v.shape[0]).reflect_fwd(x, v, t, transpose)
+    return choose(x.device, x.dtype, *v.shape).reflect_fwd(x, v, t, transpose)
 
 
 def _reflect_dx(dy, v, t, transpose):
     checks.check_factor("reflect_dx", "dy", dy, v, t)
     checks.check_rows("reflect_dx", "dy", dy)
-    return _backend(dy, v.shape[0]).reflect_dx(dy, v, t, transpose)
+    return choose(dy.device, dy.dtype, *v.shape).reflect_dx(dy, v, t, transpose)
 
 
 def _reflect_bwd(dy, x, v, t, p, transpose):
     checks.check_reflect_bwd("reflect_bwd", dy, x, v, t, p)
     checks.check_rows("reflect_bwd", "x", x)
     checks.check_rows("reflect_bwd", "dy", dy)
-    return _backend(x, v.shape[0]).reflect_bwd(dy, x, v, t, p, transpose)
+    return choose(x.device, x.dtype, *v.shape).reflect_bwd(dy, x, v, t, p, transpose)
 
 
 # Strides are checked where tensors are real: a compiler fixes them only when it is done.
@@ -274,7 +265,7 @@ def chain_factor(
 
 def factor_in_groups(u: Tensor) -> bool:
     """Whether `wy_factor_many` shares launches between tensors like u."""
-    return _factor_backend(u).shares_launches
+    return choose(u.device, u.dtype, u.shape[1], factor=True).shares_launches
 
 
 def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -290,8 +281,12 @@ def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[T
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for members in groups.values():
-            stacked = torch.stack([us[i] for i in members])
-            found = zip(*_factor_backend(stacked).wy_factor_many(stacked, apply_gs), strict=True)
+            if len(members) > 1 and factor_in_groups(us[members[0]]):
+                stacked = torch.stack([us[i] for i in members])
+                backend = choose(stacked.device, stacked.dtype, stacked.shape[2], factor=True)
+                found = zip(*backend.wy_factor_many(stacked, apply_gs), strict=True)
+            else:  # no copy of what nothing is shared with
+                found = [torch.ops.hra.wy_factor_fwd(us[i], apply_gs) for i in members]
             factors.update(zip(members, found, strict=True))
     return [factors[i] for i in range(len(us))]
 

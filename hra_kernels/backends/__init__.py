@@ -55,18 +55,10 @@ def _require_available(name: str | None) -> None:
         raise RuntimeError(f"backend {name!r} was asked for and is not available: {reason}")
 
 
-def _why_unsupported(
-    name: str, device: torch.device, dtype: torch.dtype, rank: int, width: int | None, factor: bool
-) -> str | None:
-    if factor:
-        return BACKENDS[name].why_factor_unsupported(device, dtype, rank)
-    return BACKENDS[name].why_unsupported(device, dtype, rank, width)
-
-
-def select_backend(
+def choose(
     device: torch.device, dtype: torch.dtype, rank: int, width: int | None = None, *, factor: bool = False
-) -> str:
-    """The name of the backend that reflects tensors of this device and dtype with this many columns.
+) -> Backend:
+    """The backend that reflects tensors of this device and dtype with this many columns.
 
     `HRA_BACKEND` or `use_backend` overrides the choice; a backend forced by name that cannot serve the tensors raises.
 
@@ -74,13 +66,20 @@ def select_backend(
         width: D of the tensors; None asks about some D.
         factor: the backend for the factor of such vectors u instead.
     """
+    _require_available(_forced)
+    for name in _PREFERRED.get(device.type, ()) if _forced is None else (_forced,):
+        backend = BACKENDS[name]
+        if factor:
+            reason = backend.why_factor_unsupported(device, dtype, rank)
+        else:
+            reason = backend.why_unsupported(device, dtype, rank, width)
+        if not (reason or backend.why_unavailable()):
+            return backend
     if _forced is not None:
-        _require_available(_forced)
-        reason = _why_unsupported(_forced, device, dtype, rank, width, factor)
-        if reason:
-            raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
-        return _forced
-    for name in _PREFERRED.get(device.type, ()):
-        if not (BACKENDS[name].why_unavailable() or _why_unsupported(name, device, dtype, rank, width, factor)):
-            return name
-    return reference.BACKEND.name
+        raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
+    return reference.BACKEND
+
+
+def select_backend(device: torch.device, dtype: torch.dtype, rank: int, width: int | None = None) -> str:
+    """The name of what `choose` chooses."""
+    return choose(device, dtype, rank, width).name

@@ -42,7 +42,7 @@ class Backend(ABC):
         Args:
             width: their D; None where it does not matter yet.
         """
-        if self.device_type not in (None, device.type):
+        if self.device_type is not None and self.device_type != device.type:
             return f"it serves {self.device_type} tensors, got {device.type}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it serves {_names(self.dtypes)}, got {str(dtype).removeprefix('torch.')}"
