@@ -145,9 +145,9 @@ def select_config(
 
 
 def select_slice(direction: str, rank: int, D: int) -> int:
-    """Columns of x that one block of a cluster holds on chip, for `direction` "forward" or "backward"; 0: none does.
+    """Columns of x that one block of a cluster holds on chip, for `direction` "forward" or "backward".
 
-    A wish: csrc/cuda/cluster.h declines what does not fit its GPU.
+    0: none does; the `cuda` backend serves nothing for which this is so.
     """
     lines = SLICES[direction, 8 if rank <= 8 else 16] if rank <= 16 else []
     return next((size for most_d, size in lines if most_d >= D), 0)

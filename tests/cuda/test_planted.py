@@ -184,7 +184,7 @@ MUTANTS = {
     "m's first term for all": (
         "fragments.h", "cluster_fwd.cu", "m.at(lane / 8 % 3, lane % 8, 0)", "m.at(0, lane % 8, 0)", check_reflections,
     ),
-    "v as one term": ("split.h", "cluster_fwd.cu", "if (i + j <= kOrder)", "if (j == 0)", check_reflections),
+    "v as one term": ("split.h", "cluster_fwd.cu", "if (i + j <= kOrder)", "if (j == 0)", check_ragged),
     "float16 as one term": ("split.h", "cluster_fwd.cu", "kTermsOf<fp16> = 2", "kTermsOf<fp16> = 1", check_ragged),
     "m transposed": (
         "fragments.h", "cluster_fwd.cu", "return m.transpose ? ", "return !m.transpose ? ", check_reflections,

@@ -1,6 +1,7 @@
 """Hypothesis looks for shapes, strides, dtypes and values that break a backend or its agreement with mathematics."""
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
@@ -43,6 +44,12 @@ def make_hostile_u(generator, features, kinds):
     return torch.stack(columns, 1)
 
 
+def skip_without_float32(backend, device):
+    reason = ops.BACKENDS[backend].why_unsupported(device, torch.float32, 8)
+    if reason:
+        pytest.skip(reason)
+
+
 @PROFILE
 @given(data=st.data())
 def test_any_chain(on_backend, device, data):
@@ -77,6 +84,7 @@ def test_any_chain(on_backend, device, data):
 @PROFILE
 @given(chain=chains())
 def test_gram_schmidt_of_anything_is_orthogonal_and_has_finite_gradients(on_backend, device, chain):
+    skip_without_float32(on_backend, device)
     generator, features, kinds = chain
     u = make_hostile_u(generator, features, kinds).to(device).requires_grad_()
     x = torch.eye(features, device=device, requires_grad=True)
@@ -90,6 +98,7 @@ def test_gram_schmidt_of_anything_is_orthogonal_and_has_finite_gradients(on_back
 @PROFILE
 @given(chain=chains(max_rank=9), scales=st.lists(st.integers(-25, 25), min_size=9, max_size=9))
 def test_the_map_does_not_depend_on_scale(on_backend, device, chain, scales):
+    skip_without_float32(on_backend, device)
     generator, features, kinds = chain
     u = make_hostile_u(generator, features, [kind for kind in kinds if kind not in ("tiny", "huge")] or ["random"])
     factor = 10.0 ** torch.tensor(scales[: u.shape[1]], dtype=torch.float32)
