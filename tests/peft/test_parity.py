@@ -134,7 +134,7 @@ def test_loss_curve(optimizer_class):
 
 
 def test_micro_batches_share_a_factor(monkeypatch):
-    """Gradient accumulation: the factor is computed once a step, and the gradients add up to the full batch's."""
+    """Gradient accumulation: the factor is computed once per step, and the gradients add up to the full batch's."""
     computed = []
     original = factor_cache.chain_factor
     monkeypatch.setattr(

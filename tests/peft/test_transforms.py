@@ -176,7 +176,7 @@ def test_double_use_in_one_graph():
 
 
 def test_torch_func_grad_and_vmap(model):
-    """Per-sample gradients, against one backward a sample."""
+    """Per-sample gradients, against one backward per sample."""
     model = model.double()
     x, target = images(5, torch.float64), torch.randn(5, 5, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in trainable(model).items()}
