@@ -96,7 +96,7 @@ def test_autocast_and_gradient_scaling(device):
         loss = (model(x) - target).square().mean()
     scaler.scale(loss).backward()
     got = model.base_model.model[0].hra_u["default"].grad / scaler.get_scale()
-    assert got.dtype == torch.float32 and relative(got, exact) < 0.03
+    assert got.dtype == torch.float32 and relative(got, exact) < rounding(FEATURES, 4, torch.bfloat16, layers=2)
 
 
 def test_the_regularizer(device):

@@ -1,4 +1,4 @@
-"""What PEFT's own HRA gets wrong or refuses, one test per defect, and right here. Convolutions: `test_defects_conv.py`."""
+"""What PEFT's own HRA gets wrong or refuses, right here: one test each (convolutions: `test_defects_conv.py`)."""
 
 import os
 
