@@ -36,8 +36,8 @@ from tests.peft.quantized_layers import (
 pytest.importorskip("peft.utils.quantization_utils", reason="PEFT 0.19 has no quantization backends")
 FLOAT32 = rounding(IN, 4)
 EIGHT_BITS = 8 / 127 / 12**0.5
-"""Activations rounded to 1 / 127 of a row's largest, 3 of their standard deviations: 3 / (127 sqrt(12)) of y's, of whose
-largest (3 of them again) 8 such deviations, as in `rounding`, are this."""
+"""Activations rounded in steps of 1 / 127 of a row's largest err by steps / sqrt(12), and so does y beside its largest;
+8 standard deviations of that, as in `rounding`."""
 
 each_format = pytest.mark.parametrize("name", formats(FORMATS))
 each_mergeable = pytest.mark.parametrize("name", formats(MERGEABLE))
