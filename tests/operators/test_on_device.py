@@ -12,10 +12,11 @@ from torch import nn
 from hra_kernels import ops
 from hra_kernels.nn import HRALinear
 from hra_kernels.regularizer import orthogonality_penalty
-from hra_kernels.testing.tolerance import relative
+from hra_kernels.testing.tolerance import relative, rounding
 from tests.peft.models import adapt, linear, merged_weight
 
 FEATURES, OUT, ROWS = 48, 20, 33
+FLOAT32 = rounding(FEATURES, 8, layers=2)
 
 
 def stack(dtype=torch.float32):
@@ -53,7 +54,7 @@ def test_a_peft_model_trains_as_pefts_own_does_in_float64(device, dtype):
             theirs.copy_(ours)
     got = train(model, [batch(device, dtype, seed) for seed in range(2)])
     wanted = train(exact, [[part.double() for part in batch("cpu", dtype, seed)] for seed in range(2)])
-    bound = 1e-5 if dtype == torch.float32 else 2.0**-5
+    bound = rounding(FEATURES, 4, dtype, layers=2 * 3)  # two layers, three steps
     assert all(relative(one.cpu(), other) < bound for one, other in zip(got, wanted, strict=True))
 
 
@@ -65,9 +66,9 @@ def test_merge_save_and_move(device, tmp_path):
     wanted = merged_weight(layer)
     model.save_pretrained(tmp_path)
     model.merge_adapter()
-    assert relative(layer.get_base_layer().weight, wanted) < 1e-6 and relative(model(x), y) < 1e-5
+    assert relative(layer.get_base_layer().weight, wanted) < FLOAT32 and relative(model(x), y) < FLOAT32
     model.unmerge_adapter()
-    assert relative(model.cpu()(x.cpu()), y.cpu()) < 1e-5, "a factor kept for one device served another"
+    assert relative(model.cpu()(x.cpu()), y.cpu()) < FLOAT32, "a factor kept for one device served another"
     assert torch.equal(model.to(device)(x), y)
     fresh = adapt(stack(), seed=7, targets=["0", "2"]).to(device)
     fresh.load_adapter(tmp_path, "default")
@@ -83,7 +84,7 @@ def test_mixed_batch(device):
     for name in ("default", "second"):
         model.set_adapter(name)
         chosen = [i for i, one in enumerate(names) if one == name]
-        assert relative(y[chosen], model(x)[chosen]) < 1e-5
+        assert relative(y[chosen], model(x)[chosen]) < FLOAT32
     assert torch.equal(y[2::3], model.base_model.model[0].base_layer(x)[2::3])
 
 
@@ -96,7 +97,7 @@ def test_autocast_and_gradient_scaling(device):
         loss = (model(x) - target).square().mean()
     scaler.scale(loss).backward()
     got = model.base_model.model[0].hra_u["default"].grad / scaler.get_scale()
-    assert got.dtype == torch.float32 and relative(got, exact) < 0.03
+    assert got.dtype == torch.float32 and relative(got, exact) < rounding(FEATURES, 4, torch.bfloat16, layers=2)
 
 
 def test_the_regularizer(device):
@@ -104,7 +105,7 @@ def test_the_regularizer(device):
     leaves = [u.to(device, copy=True).requires_grad_(), u.double().requires_grad_()]
     for leaf in leaves:
         orthogonality_penalty([leaf]).backward()
-    assert relative(leaves[0].grad.cpu(), leaves[1].grad) < 1e-5
+    assert relative(leaves[0].grad.cpu(), leaves[1].grad) < FLOAT32
 
 
 def test_compiled_model(device):
@@ -113,7 +114,7 @@ def test_compiled_model(device):
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager")
     got, wanted = (train(one, [batch(device)]) for one in (compiled, twin))
-    assert all(relative(one, other) < 1e-5 for one, other in zip(got, wanted, strict=True))
+    assert all(relative(one, other) < FLOAT32 for one, other in zip(got, wanted, strict=True))
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

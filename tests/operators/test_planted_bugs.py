@@ -10,7 +10,7 @@ import torch
 
 from hra_kernels import reference
 from hra_kernels.testing.cases import Case, explicit, make_inputs, naive
-from hra_kernels.testing.tolerance import violations
+from hra_kernels.testing.tolerance import relative, rounding, violations
 
 RANDOM = Case(128, 1000, 8)
 WEIGHT = Case(130, 264, 7, transpose=False)
@@ -169,3 +169,40 @@ MISSED = {
 def test_the_rule_rejects(case, dtype):
     rejected = table(case, dtype)
     assert {bug for bug, found in rejected.items() if not found} == {"correct"} | MISSED[case, dtype]
+
+
+def reflected(x, u):
+    return reference.explicit_chain(u, x=x, transpose=True)
+
+
+def tf32(x):
+    """The 10 bits of the mantissa that matrix units read."""
+    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+LAYER_BUGS = {
+    "does nothing": lambda x, u: x,
+    "factor off by 0.1%": lambda x, u: x + 1.001 * (reflected(x, u) - x),
+    "last feature masked": lambda x, u: torch.cat([reflected(x, u)[:, :-1], x[:, -1:]], 1),
+    "x rounded to tf32": lambda x, u: reflected(tf32(x), u),
+    "u rounded to bfloat16": lambda x, u: reflected(x, u.bfloat16().float()),
+}
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("bug", [None, *LAYER_BUGS])
+def test_layer_rule(bug, layers):
+    """The rule for layers and models passes what float32 gives, and rejects a bug in one layer of several."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(96, 96, generator=generator) / 96**0.5 for _ in range(layers)]
+    us = [torch.randn(96, 8, generator=generator) for _ in range(layers)]
+
+    def run(x, us, bug=None):
+        for i, (weight, u) in enumerate(zip(weights, us, strict=True)):
+            x = LAYER_BUGS[bug](x, u) if bug and i == 0 else reflected(x, u)
+            x = torch.tanh(x @ weight.to(x.dtype).mT)
+        return x
+
+    x = torch.randn(33, 96, generator=generator)
+    error = relative(run(x, us, bug), run(x.double(), [u.double() for u in us]))
+    assert (error < rounding(96, 8, layers=layers)) == (bug is None), error

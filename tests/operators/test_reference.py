@@ -6,7 +6,7 @@ import torch
 from hra_kernels import reference
 from hra_kernels.factors import join_factors
 from hra_kernels.testing.cases import CASES, explicit, make_inputs, make_u
-from hra_kernels.testing.tolerance import orthogonality
+from hra_kernels.testing.tolerance import orthogonality, rounding
 
 
 @pytest.mark.parametrize("apply_gs", [False, True], ids=["chain", "gs"])
@@ -14,14 +14,16 @@ from hra_kernels.testing.tolerance import orthogonality
 def test_factor_is_the_chain(R, apply_gs):
     u = make_u(40, R, "random", torch.Generator().manual_seed(R)).double()
     q = reference.dense(*reference.wy_factor(u, apply_gs))
-    torch.testing.assert_close(q, reference.explicit_chain(u, apply_gs), rtol=0, atol=1e-14)
+    torch.testing.assert_close(q, reference.explicit_chain(u, apply_gs), rtol=0, atol=rounding(40, R, torch.float64))
 
 
 @pytest.mark.parametrize("R", [1, 2, 5, 8])
 def test_factor_is_the_plain_compact_form(R):
     u = torch.randn(30, R, dtype=torch.float64, generator=torch.Generator().manual_seed(R))
     plain = torch.eye(30, dtype=torch.float64) - u @ reference.plain_wy(u) @ u.mT
-    torch.testing.assert_close(reference.dense(*reference.wy_factor(u)), plain, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        reference.dense(*reference.wy_factor(u)), plain, rtol=0, atol=rounding(30, R, torch.float64)
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.M * case.D * case.R < 2**21], ids=str)
@@ -55,20 +57,20 @@ def test_factor_does_not_depend_on_scale():
     scaled = u * torch.logspace(-30, 30, 8)
     for apply_gs in (False, True):
         plain, wide = (reference.dense(*reference.wy_factor(one, apply_gs)) for one in (u, scaled))
-        assert (plain - wide).abs().max() < 1e-6
+        assert (plain - wide).abs().max() < rounding(512, 8)
 
 
 def test_gram_schmidt_with_more_columns_than_features_reflects_everything():
     u = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
     q = reference.dense(*reference.wy_factor(u, apply_gs=True))
-    torch.testing.assert_close(q, -torch.eye(5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(q, -torch.eye(5), rtol=0, atol=rounding(5, 9))
 
 
 def test_gram_schmidt_of_equal_columns_reflects_once():
     u = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 1)
     v, t = reference.wy_factor(u, apply_gs=True)
     assert t.diagonal().tolist() == [2, 0] * 4
-    torch.testing.assert_close(v[::2] @ v[::2].mT, torch.eye(4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(v[::2] @ v[::2].mT, torch.eye(4), rtol=0, atol=rounding(50, 4))
     assert not v[1::2].any()
 
 
@@ -91,7 +93,7 @@ def test_several_chains_join_to_their_product():
     for u, flag in zip(us, flags, strict=True):
         product = product @ reference.explicit_chain(u, flag)
     factor = join_factors([reference.wy_factor(u, flag) for u, flag in zip(us, flags, strict=True)])
-    torch.testing.assert_close(reference.dense(*factor), product, rtol=0, atol=1e-14)
+    torch.testing.assert_close(reference.dense(*factor), product, rtol=0, atol=rounding(25, 10, torch.float64))
 
 
 def test_odd_chain_has_determinant_minus_one():

@@ -1,4 +1,4 @@
-"""What each process of `test_peft_distributed.py` runs: every check below, one JSON line a check.
+"""What each process of `test_distributed.py` runs: every check below, one JSON line per check.
 
     python -m tests.peft.distributed_worker RANK WORLD STORE
 

@@ -23,7 +23,7 @@ def base_linear():
 def bnb_8bit():
     import bitsandbytes as bnb
 
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one line a call
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one line per call
     layer = bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False)
     layer.load_state_dict(base_linear().state_dict())
     return layer.to("cpu")

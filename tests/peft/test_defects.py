@@ -1,7 +1,4 @@
-"""One test a row of the table of PEFT's HRA defects, by the row's name, and right here (convolutions: a file apart).
-
-Rows that await issue 6 are strict expected failures, or tests of the clear error until then.
-"""
+"""What PEFT's own HRA gets wrong or refuses, right here: one test each (convolutions: `test_defects_conv.py`)."""
 
 import os
 
@@ -278,7 +275,7 @@ def test_float32_input_into_bf16_base():
 
 
 def test_mixed_batch():
-    """Values, gradients and PEFT's rules: test_peft_mixed_batch.py."""
+    """Values, gradients and PEFT's rules: test_mixed_batch.py."""
     model = adapt(seeded(Net), targets=["lin0", "lin1"]).eval()
     x = torch.randn(2, 3, 8, 8)
     y = model(x, adapter_names=["default", "__base__"])
@@ -288,7 +285,7 @@ def test_mixed_batch():
 
 
 def test_convert_to_lora():
-    """Exact at the adapter's own rank; values in test_peft_export.py."""
+    """Exact at the adapter's own rank; values in test_export.py."""
     lora = pytest.importorskip("peft.tuners.lora.conversion")
     config, state = lora.convert_to_lora(adapt(seeded(Net), targets=["lin0"]), rank=4)
     assert config.r == 4 and len(state) == 2
@@ -362,7 +359,7 @@ def one_process_group(tmp_path):
 
 
 def test_fsdp2(one_process_group):
-    """Forward, backward and merge; on two processes: test_peft_distributed.py."""
+    """Forward, backward and merge; on two processes: test_distributed.py."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -384,7 +381,7 @@ def test_fsdp2(one_process_group):
 
 
 def test_tensor_parallel_row_wise(one_process_group):
-    """More layouts, and two processes: test_peft_distributed.py."""
+    """More layouts, and two processes: test_distributed.py."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module

@@ -1,4 +1,4 @@
-"""The rows about convolutions of the table of PEFT's HRA defects, one test each, as in `test_peft_defects.py`."""
+"""What PEFT's own HRA gets wrong or refuses in convolutions, one test per defect, as in `test_defects.py`."""
 
 import pytest
 import torch

@@ -200,7 +200,7 @@ def layer_input(kind):
 
 
 def one_by_one(layer, x, names, dy=None):
-    """y through `set_adapter`, one forward a sample; with dy also dx and the gradient of every adapter."""
+    """y through `set_adapter`, one forward per sample; with dy also dx and the gradient of every adapter."""
     leaves = [*([x] if x.is_floating_point() else []), *layer.hra_u.values()]
     ys, grads = [], [torch.zeros_like(leaf) for leaf in leaves]
     for sample, name in enumerate(names):

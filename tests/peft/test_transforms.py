@@ -176,7 +176,7 @@ def test_double_use_in_one_graph():
 
 
 def test_torch_func_grad_and_vmap(model):
-    """Per-sample gradients, against one backward a sample."""
+    """Per-sample gradients, against one backward per sample."""
     model = model.double()
     x, target = images(5, torch.float64), torch.randn(5, 5, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in trainable(model).items()}
@@ -234,6 +234,7 @@ def test_gradcheck(kind, apply_gs):
 DDP = """
 import os, sys, torch
 import hra_kernels.peft
+from hra_kernels.testing.tolerance import relative, rounding
 from tests.peft.models import Net, adapt, seeded
 
 with hra_kernels.peft.enabled():
@@ -243,7 +244,7 @@ parameters = [p for p in model.parameters() if p.requires_grad]
 expected = torch.autograd.grad(model(x), parameters, dy)
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 torch.nn.parallel.DistributedDataParallel(model)(x).backward(dy)
-assert all(relative(p.grad, other) < 1e-6 for p, other in zip(parameters, expected, strict=True))
+assert all(relative(p.grad, other) < rounding(96, 4, layers=3) for p, other in zip(parameters, expected, strict=True))
 print("agree", flush=True)
 os._exit(0)
 """

@@ -16,6 +16,10 @@ from rich.console import Console
 import hra_kernels.peft
 from hra_kernels import cli
 from hra_kernels.recipes import RecipeError, nlu, packages, text_data
+from hra_kernels.testing.tolerance import rounding
+
+FLOAT32 = rounding(1536, 8, layers=36)
+"""MiniLM-L6, whose logits and losses are about 1."""
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,7 @@ def job(default_data, tmp_path_factory):
 def test_job_learns(job):
     results, _ = job
     found = results["test_accuracy"]
-    # 0.08 is 2.8 standard errors of a guess on 300 sentences; measured 0.2 to 0.3
+    # 0.08 is 2.8 standard errors of a guess on 300 sentences
     assert found["after"] > max(found["before"], found["majority"]) + 0.08
     assert statistics.mean(results["losses"][-5:]) < statistics.mean(results["losses"][:5])
     kept = dict(results["validation_accuracy"])[results["kept_step"]]
@@ -167,9 +171,9 @@ def test_job_saved_what_it_trained(job):
     """Loaded, merged, and loaded with PEFT's own layers: the same answers. Zero would mean that nothing was learned."""
     results, _ = job
     for name, found in results["saved"].items():
-        assert found["max_logit_difference"] < 1e-4, name
+        assert found["max_logit_difference"] < FLOAT32, name
         assert found["accuracy"] == results["test_accuracy"]["after"], name
-    assert results["largest_loss_difference_from_peft_hra"] < 1e-4
+    assert results["largest_loss_difference_from_peft_hra"] < FLOAT32
 
 
 @pytest.mark.slow
@@ -194,7 +198,7 @@ def test_job_on_own_data_and_layers(default_data, tmp_path):
     results = nlu.run(options(*chosen, "--rank", 4, "--steps", 3, "--no-compare", "--out", tmp_path), silent())
     assert results["data"]["classes"] == ["blue", "green", "red"]
     assert results["parameters"]["trained"] == 12 * 384 * 4 + 3 * 384 + 3
-    assert all(found["max_logit_difference"] < 1e-4 for found in results["saved"].values())
+    assert all(found["max_logit_difference"] < FLOAT32 for found in results["saved"].values())
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     python -m tests.triton.jit
 
-`triton_machine_code` compiles the shapes that are tuned for; this compiles what the JIT makes of the others: it turns
+`machine_code` compiles the shapes that are tuned for; this compiles what the JIT makes of the others: it turns
 sizes and strides of 1 into constants, and asks whether others, and addresses, are multiples of 16. Nothing is launched.
 """
 

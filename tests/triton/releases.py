@@ -1,4 +1,4 @@
-"""The Triton releases that the kernels are tested with: the installed one, and the one that lent GPU machines carry."""
+"""The Triton releases that the kernels are tested with: the installed one, and the one that GPU images carry."""
 
 import os
 import subprocess
