@@ -307,7 +307,7 @@ def test_other_methods_that_do_better_are_named_and_equal_print_is_no_loss():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1780.4, "1,780"), (360.2, "360"), (2.7, "2.70"), (0.01234, "0.0123"), (2036, "2,040"), (0, "0")],
+    [(1780.4, "1,780"), (360.2, "360"), (2.7, "2.70"), (0.01234, "0.0123"), (2036, "2,040")],
 )
 def test_numbers_are_written_as_a_person_does(value, text):
     assert significant(value) == text
