@@ -48,7 +48,7 @@ class Inputs:
         self.dv, self.dt = torch.randn_like(self.v), torch.randn_like(self.t)
 
 
-class _Check:
+class Check:
     """The project's accuracy rule on the backend in force, for y, dx and du; the exact answer is computed once."""
 
     def __init__(self, inputs: Inputs, case: cases.Case) -> None:
@@ -103,7 +103,7 @@ def measure_case(case: dict, options: argparse.Namespace, progress: Progress) ->
     sets = [Inputs(problem, dtype, device, seed) for seed in range(timing.input_sets(bytes_each, device))]
     rows: dict[str, dict] = {FLOOR: {"provider": FLOOR, "label": "x.clone()", "op": FLOOR, "why": None}}
     samplers = {FLOOR: timing.sampler(timing.Variant(lambda i: sets[i].x.clone()), device, len(sets))}
-    check = _Check(sets[0], problem)
+    check = Check(sets[0], problem)
     backends = options.backends or [*record.backend_report(), "compiled reference"]
     for k, backend in enumerate(backends):
         progress(f"{case['name']} r{rank} {case['dtype']}: check {backend}", 0.5 * k / len(backends))

@@ -1,18 +1,17 @@
 """Nsight Compute's counters of every kernel at the target shapes, to see why one misses its target.
 
-`python -m bench.gpu.counters` runs each operator once, within a profiler's range that names it; the stage `profile`
-runs it under ncu and condenses what ncu found to one line a kernel.
+`python -m bench.gpu.counters --work FOLDER` runs itself under ncu, where each operator runs once within a profiler's
+range that names it, and condenses what ncu found to one line per kernel.
 """
 
 import argparse
 import csv
 import io
 import re
-import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
-
-from bench.gpu.session import Session, StageFailed
+from pathlib import Path
 
 SHAPES = [(8192, 2048), (8192, 4096), (8192, 16384)]
 RANKS = [8]
@@ -30,32 +29,27 @@ METRICS = {
 """What a line of the summary shows, by ncu's name."""
 
 
-def run(session: Session) -> str:
+def profile(work: Path) -> int:
     """Profile all operators in one process; leaves counters.ncu-rep, and counters.csv and .txt in the results."""
-    session.results.mkdir(parents=True, exist_ok=True)
-    operators = [sys.executable, "-m", "bench.gpu.counters", "--device", session.device]
-    if session.rehearse:
-        session.command("profile", [*operators, "--shapes", "64x128", "--backends", "cpu", "--ranks", "8"], least=20)
-        return "operators run; ncu needs a GPU"
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        raise StageFailed("ncu is not on the PATH")
-    report = session.work / "counters.ncu-rep"
+    report, results = work / "counters.ncu-rep", work / "results"
+    results.mkdir(parents=True, exist_ok=True)
     options = ["--nvtx", "--profile-from-start", "off", "--clock-control", "none", "--force-overwrite"]
     options += [part for section in SECTIONS for part in ("--section", section)]
-    session.command("profile", [ncu, *options, "--export", str(report), *operators], least=60)
-    printed = ["--import", str(report), "--page", "details", "--csv"]
-    _, text = session.command("profile", [ncu, *printed], least=10)
-    (session.results / "counters.csv").write_text(text)
+    operators = [sys.executable, "-m", "bench.gpu.counters"]
+    status = subprocess.run(["ncu", *options, "--export", str(report), *operators]).returncode
+    if status:
+        return status
+    printed = ["ncu", "--import", str(report), "--page", "details", "--csv"]
+    text = subprocess.run(printed, capture_output=True, text=True).stdout
+    (results / "counters.csv").write_text(text)
     lines = summarize(text)
-    if not lines:
-        raise StageFailed("ncu's table could not be read; see profile.log")
-    (session.results / "counters.txt").write_text("\n".join(lines) + "\n")
-    return f"{len(lines)} kernels"
+    (results / "counters.txt").write_text("\n".join(lines) + "\n")
+    print(f"{len(lines)} kernels" if lines else f"ncu's table could not be read: {text[:300]}")
+    return 0 if lines else 1
 
 
 def summarize(text: str) -> list[str]:
-    """One line a kernel from ncu's CSV (`--page details`): operator, kernel, and `METRICS`."""
+    """One line per kernel from ncu's CSV (`--page details`): operator, kernel, and `METRICS`."""
     header = re.search(r'^"ID",.*$', text, re.MULTILINE)
     if header is None:
         return []
@@ -105,16 +99,20 @@ def run_operators(device_name: str, shapes: Iterable[tuple[int, int]], ranks: li
                             torch.cuda.profiler.stop()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shapes", nargs="+", default=[f"{M}x{D}" for M, D in SHAPES], metavar="MxD")
-    parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
-    parser.add_argument("--backends", nargs="+", default=["triton", "cuda"])
+    parser.add_argument("--work", type=Path, help="profile under ncu, into this folder; without it the operators only")
+    parser.add_argument("--rehearse", action="store_true", help="the operators once on a CPU, without ncu")
     options = parser.parse_args()
-    shapes = [tuple(int(size) for size in shape.split("x")) for shape in options.shapes]
-    run_operators(options.device, shapes, options.ranks, options.backends)
+    if options.rehearse:
+        run_operators("cpu", [(64, 128)], RANKS, ["cpu"])
+        print("operators run; ncu needs a GPU")
+        return 0
+    if options.work:
+        return profile(options.work)
+    run_operators("cuda", SHAPES, RANKS, ["triton", "cuda"])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

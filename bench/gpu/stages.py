@@ -1,254 +1,210 @@
-"""What a GPU run consists of. A stage returns its summary, or raises `StageFailed` or `OutOfTime`."""
+"""What a GPU run consists of: a list of commands, the most wanted first.
 
-import json
-import os
-import re
-import shutil
-import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
-from bench.gpu import counters
-from bench.gpu.commands import benchmarks
-from bench.gpu.session import ROOT, OutOfTime, Session, StageFailed, last_lines
-
-FEWEST_TESTS = 100
-"""A backend's tests that must have run: fewer were skipped or lost."""
-
-
-def machine(session: Session) -> str:
-    """What is here, and the two ceilings: a large copy and a large matrix product."""
-    code = f"""
-import json, platform, sys, torch
-from importlib import metadata
-def version(name):
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
-found = {{"python": platform.python_version(), "torch": torch.__version__}}
-names = "triton numpy peft transformers diffusers pytest pytest-xdist hypothesis pybind11 scikit-build-core cmake ninja"
-found |= {{name: version(name) for name in names.split()}}
-cuda = {session.device == "cuda"}
-if cuda:
-    found["gpu"] = torch.cuda.get_device_name()
-    found["capability"] = torch.cuda.get_device_capability()
-    found["memory GiB"] = torch.cuda.mem_get_info()[1] / 2**30
-import time
-def seconds(run, repeats):
-    for _ in range(3): run()
-    torch.cuda.synchronize() if cuda else None
-    start = time.perf_counter()
-    for _ in range(repeats): run()
-    torch.cuda.synchronize() if cuda else None
-    return (time.perf_counter() - start) / repeats
-device, size = ("cuda", 2**30) if cuda else ("cpu", 2**20)
-a = torch.randn(size, device=device); b = torch.empty_like(a)
-found["copy GB/s"] = round(2 * a.nbytes / seconds(lambda: b.copy_(a), 10) / 1e9, 1)
-n = 8192 if cuda else 256
-x = torch.randn(n, n, device=device, dtype=torch.bfloat16); y = torch.randn_like(x)
-found["bf16 matmul TFLOP/s"] = round(2 * n**3 / seconds(lambda: x @ y, 10) / 1e12, 2)
-print(json.dumps(found))
+One visit fits 30 minutes in calls of 10: `seconds` are limits, not estimates, and what has no time left goes on in the
+next call or, with --resume, on the next machine.
 """
-    facts = session.python("machine", "-c", code)
-    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    tools = {name: shutil.which(name) is not None for name in ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")}
-    if shutil.which("nvidia-smi"):
-        session.command("machine", ["nvidia-smi", f"--query-gpu={query}", "--format=csv"], accept=(0, 1, 6, 9))
-    return f"{last_lines(facts)} tools {json.dumps(tools)}"
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TO_BE_CONTINUED = 3
+"""Exit status of a command that has done a part and goes on when it is called again."""
 
 
-def build(session: Session) -> str:
-    """Build the native modules as a user's pip would, and put them into the tree for tests and benchmarks."""
-    target = session.work / "site"
-    shutil.rmtree(target, ignore_errors=True)
-    command = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(target)]
-    if not session.rehearse:
-        command += ["-C", "cmake.define.HRA_CUDA=ON", "-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real"]
-    session.python("build", *command, "-C", f"build-dir={session.work / 'cmake'}", "--verbose", ".", least=60)
-    modules = sorted((target / "hra_kernels").glob("*.so"))
-    for module in modules:
-        shutil.copy2(module, ROOT / "hra_kernels" / module.name)
-    report = session.python("build", "-c", "from hra_kernels import ops; print(ops.backend_report())")
-    names = [module.name.split(".")[0] for module in modules]
-    if not session.rehearse and not any("cuda" in name for name in names):
-        raise StageFailed(f"no CUDA module was built: {names}")
-    return f"{', '.join(names)}; {last_lines(report)}"
+@dataclass(frozen=True)
+class Step:
+    """A command with its time limit.
+
+    `unless` is Python that succeeds where there is nothing to do: it decides, not the state. `says` is a pattern that
+    the output of a success has, `needs` are tools on the PATH, `advisory` a step whose failure fails nothing.
+    """
+
+    name: str
+    command: list[str]
+    seconds: float
+    least: float = 20.0
+    says: str = ""
+    unless: str = ""
+    needs: tuple[str, ...] = ()
+    advisory: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def backends(session: Session) -> list[str]:
-    """Backends that serve this device here."""
-    code = "import json; from hra_kernels import ops; print(json.dumps(ops.backend_report()))"
-    report = json.loads(last_lines(session.python("test", "-c", code)))
-    wanted = ("reference", "cpu") if session.rehearse else ("reference", "triton", "cuda")
-    return [name for name in wanted if name in report and report[name] is None]
+@dataclass(frozen=True)
+class Stage:
+    """Steps one after another, or side by side where none of them measures."""
+
+    name: str
+    steps: list[Step]
+    together: bool = False
 
 
-def test_backend(session: Session) -> str:
-    """The shared accuracy tests on the device, a backend at a time, those already through left out."""
-    done = session.state["test"].setdefault("done", {})
-    for name in backends(session):
-        if name not in done:
-            own = {"triton": ["tests/triton/test_kernels.py"]}.get(name, [])
-            few = ["-k", "130x1000r8-zero"] if session.rehearse else []
-            summary = session.pytest("test", "--backends", name, "tests/operators/test_accuracy.py", *own, *few)
-            passed = int(re.search(r"(\d+) passed", summary).group(1))
-            if passed < FEWEST_TESTS and not session.rehearse:
-                raise StageFailed(f"{name}: only {summary}")
-            done[name] = summary
-    missing = [name for name in ("triton", "cuda") if name not in done and not session.rehearse]
-    if missing:
-        raise StageFailed(f"not available on this GPU: {missing}; see build.log")
-    return "; ".join(f"{name}: {summary}" for name, summary in done.items())
+FAMILY = ["frozen", "ours", "wy-eager", "lora", "oft", "peft-hra"]
+SHORT = ["frozen", "ours", "lora", "wy-eager"]
+REST = ["ours-nn", "loha", "lokr", "adalora"]  # BOFT compiles an extension of its own, and waits for the GPU
+BFLOAT16 = ["--dtype", "bfloat16"]
+BIG = ["8192x2048x2048", "llama3-8b-q", "llama3-70b-q", "8192x16384x16384"]
+"""D of 2048 to 16384 at 8192 rows: what the targets are set for."""
+BACKENDS = ["--backends", "triton", "cuda", "reference"]
+KERNELS = [("triton", 8), ("triton", 16), ("triton", 32), ("triton", 64), ("triton", 128), ("cuda", 8), ("cuda", 16)]
+"""One case for each family of kernels: (backend, columns)."""
+ACCURACY = "tests/operators/test_accuracy.py"
+SANITIZED = "128x1000r8 or 127x1001r7 or 131x264r32 or 129x257r3"
 
-
-def suite(session: Session) -> str:
-    """The rest of the suite; tensors are on the GPU where a test takes the `device` fixture."""
-    others = [
-        f"--ignore=tests/{name}.py"
-        for name in ("operators/test_accuracy", "cuda/test_emulated", "cuda/test_planted", "recipes/test_cli")
-    ]
-    selected = ["tests/operators/test_reference.py"] if session.rehearse else ["tests", *others]
-    return session.pytest("suite", *selected, "-k", "not recipe and not bench", "--maxfail=30")
-
-
-def emulation(session: Session) -> str:
-    """The CUDA emulation against the same tests, here: with `test` on the device, one file has judged both."""
-    code = "from tests.cuda import emulation; print(emulation.build())"
-    module = last_lines(session.python("emulation", "-c", code, least=40))
-    few = ["-k", "repeated_runs or empty"] if session.rehearse else []
-    return session.pytest("emulation", "tests/cuda/test_emulated.py", *few, workers=4, HRA_EMULATED_MODULE=module)
-
-
-def interpreter(session: Session) -> str:
-    """Triton's interpreter with its repair against the same tests, here."""
-    few = ["-k", "2x1000r16"] if session.rehearse else []
-    plugin = ["-p", "tests.triton.interpreter", "--backends", "triton", "tests/operators/test_accuracy.py"]
-    return session.pytest("interpreter", *plugin, *few, workers=4, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-
-
-def sanitize(session: Session) -> str:
-    """compute-sanitizer over a handful of the shared tests, every backend and tool side by side."""
-    tool_path = shutil.which("compute-sanitizer")
-    if tool_path is None and not session.rehearse:
-        raise StageFailed("compute-sanitizer is not on the PATH")
-    done = session.state["sanitize"].setdefault("done", {})
-    cases = "128x1000r8 or 127x1001r7 or 131x264r32 or 129x257r3"
-    tests = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", cases, "tests/operators/test_accuracy.py"]
-
-    def check(name: str, tool: str) -> str:
-        wrapper = [] if session.rehearse else [tool_path, "--tool", tool, "--error-exitcode", "99"]
-        # PyTorch's caching allocator would hide reads past the end of a tensor
-        status, output = session.command(
-            f"sanitize-{name}-{tool}",
-            [*wrapper, sys.executable, *tests, "--backends", name],
-            least=30,
-            accept=(0, 99),
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )
-        summary = [line for line in output.splitlines() if "ERROR SUMMARY" in line or " passed" in line]
-        return ("FOUND ERRORS: " if status == 99 else "") + " / ".join(summary)
-
-    names = ["cpu"] if session.rehearse else [name for name in backends(session) if name in ("cuda", "triton")]
-    tools = ("memcheck",) if session.rehearse else ("memcheck", "racecheck", "synccheck")
-    with ThreadPoolExecutor() as pool:
-        running = {
-            f"{name} {tool}": pool.submit(check, name, tool)
-            for name in names
-            for tool in tools
-            if f"{name} {tool}" not in done
-        }
-    problems = {key: future.exception() for key, future in running.items()}
-    done.update({key: future.result() for key, future in running.items() if problems[key] is None})
-    for error in filter(None, problems.values()):
-        raise error
-    bad = [name for name, summary in done.items() if summary.startswith("FOUND")]
-    if bad:
-        raise StageFailed(f"errors under {bad}; see the logs named sanitize")
-    return "; ".join(f"{name}: {summary}" for name, summary in done.items())
-
-
-def tune(session: Session) -> str:
-    """Search the launch tables; put the new ones in place and test them before anything is timed with them."""
-    out = session.work / "tune"
-    arguments = ["-m", "bench.gpu.tune", "--out", str(out), "--seconds", str(max(session.left() - 90, 1))]
-    environment = {}
-    if session.rehearse:
-        arguments += ["--rehearse", "--most", "4"]
-        environment["TRITON_INTERPRET"] = "1"
-    status, output = session.command("tune", [sys.executable, *arguments], least=60, accept=(0, 3), **environment)
-    if status == 3:
-        raise OutOfTime(last_lines(output))
-    if session.rehearse:
-        return f"{last_lines(output)}; the table is not put in place in a rehearsal"
-    table, before = ROOT / "hra_kernels" / "tuning.py", (ROOT / "hra_kernels" / "tuning.py").read_text()
-    shutil.copy2(out / "tuning.py", table)
-    try:
-        tested = [
-            session.pytest("tune", "--backends", name, "tests/operators/test_accuracy.py")
-            for name in ("triton", "cuda")
-        ]
-    except (StageFailed, OutOfTime):
-        table.write_text(before)
-        raise
-    shutil.copy2(out / "tuning.py", session.work / "tuning.py")
-    return f"{last_lines(output)}; with the new tables {'; '.join(tested)}"
-
-
-def restore_tables(session: Session) -> None:
-    """Put the tuned tables back: a lease's next call brings the tree as it is at home."""
-    tuned = session.work / "tuning.py"
-    if tuned.exists():
-        shutil.copy2(tuned, ROOT / "hra_kernels" / "tuning.py")
-
-
-def bench(level: str) -> Callable[[Session], str]:
-    """The stage that runs a level of the benchmark."""
-
-    def run(session: Session) -> str:
-        failed = session.state[f"bench-{level}"]["failed"] = {}
-        commands = benchmarks(level, session.rehearse)
-        common = ["--device", session.device, "--missing", "--out", str(session.results)]
-        common += ["--threads", "1"] if session.rehearse else ["--threads", str(min(16, os.cpu_count() or 1))]
-        for arguments in commands:
-            try:
-                session.python(f"bench-{level}", "-m", "bench", level, *arguments, *common, least=30)
-            except StageFailed as error:
-                failed[" ".join(arguments)] = str(error)
-        if failed:
-            raise StageFailed(f"{len(failed)} of {len(commands)} commands failed: {next(iter(failed.values()))}")
-        return f"{len(commands)} commands"
-
-    run.__doc__ = f"Level {level} of the benchmark."
-    return run
-
-
-STAGES: dict[str, Callable[[Session], str]] = {
-    "machine": machine,
-    "build": build,
-    "test": test_backend,
-    "tune": tune,
-    "emulation": emulation,
-    "interpreter": interpreter,
-    "bench-op": bench("op"),
-    "bench-layer": bench("layer"),
-    "sanitize": sanitize,
-    "suite": suite,
-    "profile": counters.run,
-    "bench-model": bench("model"),
-    "bench-scaling": bench("scaling"),
-    "bench-numerics": bench("numerics"),
+BENCHMARKS = {
+    "op": [
+        ["--shapes", *BIG, "--ranks", "8", "16", "--dtypes", "bfloat16", *BACKENDS],
+        ["--shapes", "llama3-8b-q", "--ranks", "2", "32", "64", "--dtypes", "bfloat16", *BACKENDS],
+        ["--shapes", "llama3-8b-q", "--ranks", "8", "32", "--dtypes", "float32", *BACKENDS],
+        ["--shapes", "2048x4096x4096", "--ranks", "8", "--dtypes", "bfloat16"],  # with the compiled reference
+        ["--shapes", "decode", "--ranks", "8", "--dtypes", "bfloat16", *BACKENDS],
+        # in float64 the check of so many columns fits a GPU for few rows only
+        ["--shapes", "2048x4096x4096", "--ranks", "128", "--dtypes", "bfloat16", *BACKENDS],
+    ],
+    "layer": [
+        ["--shapes", "llama3-8b-q", *BFLOAT16, "--providers", *FAMILY, "wy-compile", *REST],
+        ["--shapes", "llama3-8b-q", *BFLOAT16, "--rank", "16", "--providers", *FAMILY, "wy-compile"],
+        ["--shapes", "llama3-8b-up", "llama3-8b-down", "llama3-70b-q", *BFLOAT16, "--providers", *FAMILY],
+        ["--shapes", "llama3-8b-kv", "qwen2.5-7b-q", "deberta-v3-base-q", *BFLOAT16, "--providers", *FAMILY],
+        ["--shapes", "sd1.5-attn-64", "sd1.5-attn-16", "sd1.5-conv-32", *BFLOAT16, "--providers", *FAMILY],
+        ["--shapes", "decode", *BFLOAT16, "--providers", *FAMILY],
+        ["--shapes", "standard", "--dtype", "float32", "--providers", *FAMILY],
+    ],
+    "model": [
+        ["--models", "llama3-8b-4layers", "--providers", *FAMILY],
+        ["--models", "sd1.5-unet", "--providers", *FAMILY],
+        ["--models", "llama3-8b-4layers", "sd1.5-unet", "--modes", "checkpoint", "--providers", *SHORT],
+        ["--models", "bert-base", "--providers", *FAMILY],
+        ["--models", "llama3-8b-4layers", "--modes", "compile", "--providers", *SHORT[:3]],
+        ["--models", "qwen2.5-7b-4layers", "--providers", *SHORT],
+    ],
+    "numerics": [["--size", "1024"]],
+    "scaling": [["--over", over, *BFLOAT16, "--providers", *SHORT] for over in ("M", "layers", "R", "D")],
 }
+LITTLE = {
+    "op": [["--shapes", "64x128x128", "--ranks", "8", "--dtypes", "float32", "--backends", "reference", "cpu"]],
+    "layer": [["--shapes", "64x128x128", "--providers", *FAMILY[:3]]],
+    "model": [["--models", "llama-tiny", "unet-tiny", "--modes", "eager", "checkpoint"]],
+    "numerics": [["--size", "128", "--measures", "orthogonality"]],
+    "scaling": [["--over", "M", "--values", "1", "16", "--providers", "frozen", "ours"]],
+}
+"""A rehearsal's benchmarks."""
+SECONDS = {"op": "2", "layer": "3", "model": "8", "numerics": "1", "scaling": "2"}
+"""Of measuring per case."""
 
-WAVES = [
-    ["machine"],
-    ["build"],
-    ["test"],
-    ["tune", "emulation", "interpreter"],  # the last two use no GPU
-    ["bench-op"],
-    ["bench-layer"],
-    ["sanitize", "suite"],  # neither measures
-    ["profile"],
-    ["bench-model"],
-    ["bench-scaling"],
-    ["bench-numerics"],
-]
-"""The order, and what runs side by side."""
+
+def benchmark(level: str, work: Path, rehearse: bool) -> Stage:
+    """The commands of one level; each goes on with what the results do not have."""
+    common = ["--device", "cpu" if rehearse else "cuda", "--missing", "--out", str(work / "results")]
+    common += ["--threads", "1" if rehearse else str(min(16, os.cpu_count() or 1))]
+    common += ["--seconds", "0.3" if rehearse else SECONDS[level]]
+    commands = (LITTLE if rehearse else BENCHMARKS)[level]
+    return Stage(
+        level,
+        [
+            Step(str(number), [sys.executable, "-m", "bench", level, *arguments, *common], 240, 30)
+            for number, arguments in enumerate(commands, 1)
+        ],
+    )
+
+
+def pytest(name: str, seconds: float, *arguments: str, workers: int = 8, **options: object) -> Step:
+    """A run of tests that must have passed some; no single test takes over a minute, where pytest can tell."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout=60"]
+    if importlib.util.find_spec("xdist") and workers > 1:
+        command += ["-n", str(min(workers, os.cpu_count() or 1))]
+    return Step(name, [*command, *arguments], seconds, says=r"^.*\d+ passed.*$", **options)
+
+
+def build(work: Path, rehearse: bool) -> Step:
+    """The native modules as a user's pip builds them, put into the tree; whatever the state says, if they are amiss."""
+    command = [sys.executable, "-m", "bench.gpu.build", "--work", str(work)]
+    return Step("modules", command + ([] if rehearse else ["--cuda"]), 400, 60, unless="" if rehearse else BUILT)
+
+
+BUILT = "import hra_kernels._native, hra_kernels._cuda; from hra_kernels import ops; print(ops.backend_report())"
+
+
+def correctness(rehearse: bool) -> list[Step]:
+    """The shared accuracy tests backend by backend, and every tile of the launch tables, against float64."""
+    if rehearse:
+        return [pytest("cpu", 120, "--backends", "cpu", ACCURACY, "-k", "130x1000r8-zero", workers=1)]
+    tiles = pytest("tiles", 180, "--backends", "triton", "tests/triton/test_kernels.py")
+    return [tiles, *(pytest(name, 180, "--backends", name, ACCURACY) for name in ("triton", "cuda", "reference"))]
+
+
+def sanitize(rehearse: bool) -> list[Step]:
+    """compute-sanitizer over a handful of the shared tests: memcheck and synccheck gate.
+
+    racecheck is advisory: it knows neither st.async nor messages through mbarriers in distributed shared memory.
+    """
+    if rehearse:
+        return [pytest("cpu", 120, "--backends", "cpu", ACCURACY, "-k", SANITIZED, workers=1)]
+    steps = []
+    for tool in ("memcheck", "synccheck", "racecheck"):
+        for name in ("triton", "cuda"):
+            plain = pytest("", 0, "-x", "--backends", name, ACCURACY, "-k", SANITIZED, workers=1)
+            command = [part for part in plain.command if not part.startswith("--timeout")]
+            steps.append(
+                Step(
+                    f"{tool} {name}",
+                    ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *command],
+                    240,
+                    says=r"ERROR SUMMARY.*|^.*\d+ passed.*$",
+                    needs=("compute-sanitizer",),
+                    advisory=tool == "racecheck",
+                    # PyTorch's caching allocator would hide reads past the end of a tensor
+                    environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                )
+            )
+    return steps
+
+
+def stages(work: Path, rehearse: bool) -> list[Stage]:
+    """All stages in their order."""
+    python = [sys.executable, "-m"]
+    device = "cpu" if rehearse else "cuda"
+    little = ["--rehearse"] if rehearse else []
+    interpreted = {"TRITON_INTERPRET": "1"} if rehearse else {}
+    families = [("cpu", 8)] if rehearse else KERNELS
+    smoke = [
+        Step(f"{name} {rank}", [*python, "bench.gpu.smoke", name, str(rank), "--device", device], 60)
+        for name, rank in families
+    ]
+    counters = Step("ncu", [*python, "bench.gpu.counters", "--work", str(work), *little], 150, 60,
+                    needs=() if rehearse else ("ncu",))  # fmt: skip
+    tune = Step("tables", [*python, "bench.gpu.tune", "--out", str(work / "tune"), *little], 400, 60,
+                environment=interpreted)  # fmt: skip
+    suite = ["tests/operators/test_reference.py"] if rehearse else ["tests", "-k", "not recipe and not bench"]
+    on_cpu = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    few = ["-k", "2x1000r16"] if rehearse else []
+    interpreter = pytest(
+        "interpreter", 240, "--backends", "triton", ACCURACY, *few, workers=4,
+        environment=on_cpu,
+    )  # fmt: skip
+    emulation = pytest("emulation", 300, "tests/cuda/test_emulated.py", workers=4)
+    # built before the tests, whose processes would build it at once
+    code = "from tests.cuda import emulation; print(emulation.build())"
+    emulator = Step("emulator", [sys.executable, "-c", code], 180, 40)
+    return [
+        Stage("machine", [Step("facts", [*python, "bench.gpu.machine", "--work", str(work), "--device", device], 90)]),
+        Stage("build", [build(work, rehearse)]),
+        Stage("smoke", smoke, together=True),
+        Stage("correctness", correctness(rehearse)),
+        benchmark("op", work, rehearse),
+        Stage("counters", [counters]),
+        Stage("tune", [tune]),
+        benchmark("layer", work, rehearse),
+        benchmark("model", work, rehearse),
+        benchmark("numerics", work, rehearse),
+        Stage("sanitize", sanitize(rehearse), together=not rehearse),
+        Stage("confirm", [interpreter] + ([] if rehearse else [emulator, emulation])),
+        benchmark("scaling", work, rehearse),
+        Stage("suite", [pytest("all", 300, *suite)]),
+    ]

@@ -1,13 +1,14 @@
-"""Measure how the GPU kernels are launched and write the tables: `python -m bench.gpu.tune --out FOLDER`.
+"""Measure how the GPU kernels are launched and write this GPU's table: `python -m bench.gpu.tune --out FOLDER`.
 
-Triton   For every entry of `tuning.CONFIGS` and a shape from each of its size ranges, a search starts at
-         the present configuration and moves to the fastest neighbor (one parameter doubled or halved, one stage more
-         or less) until none is faster. Neighbours are compiled side by side in processes of their own.
-CUDA     For every entry of `SLICES` and each width, all slices.
+Triton   For every key of `tuning.CONFIGS` and a shape from each of its size ranges, a search starts at the present tile
+         and moves to the fastest neighbor (one parameter doubled or halved, one stage more or less) until none is
+         faster. Neighbors are compiled side by side in processes of their own.
+CUDA     For every key of `tuning.SLICES` and each width, all slices.
 
 What the project's targets rest on comes first. A choice counts only if its results are as accurate as the present
-one's: compilers do miscompile. Leaves tuning.json (every time taken) and tuning.py (the module with the new tables). A
-call goes on where the last one stopped; what is left when --total seconds have been spent keeps its present lines.
+one's: compilers do miscompile. Leaves tuning.json (every time taken) and table/<architecture>.json in FOLDER, and puts
+the table into the tree if every tile in it passes its test there. A call goes on where the last one stopped; what is
+left when --total seconds have been spent keeps its present lines.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import importlib
 import json
 import multiprocessing
 import os
-import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,13 +30,13 @@ from types import SimpleNamespace
 import torch
 
 from bench import op, timing
+from bench.gpu.stages import ROOT, TO_BE_CONTINUED
 from hra_kernels import reference
 from hra_kernels.backends import cuda as cuda_backend
 from hra_kernels.backends import triton as triton_backend
 from hra_kernels.backends import tuning
 from hra_kernels.measuring import stopwatch
 from hra_kernels.testing import cases, tolerance
-from tests.cuda import emulation
 
 KERNELS = {"reflect": "reflect_fwd", "backward_rows": "reflect_bwd", "backward_columns": "reflect_bwd"}
 """Triton kernels worth tuning, and the operator that runs each."""
@@ -55,6 +56,7 @@ LEAST = tuning.LaunchConfig(16, 32, 1, 1)
 MOST = tuning.LaunchConfig(128, 512, 16, 5)
 WORTH = 0.97
 """A neighbor must take less than this share of the best time: below it is noise."""
+TILE_TESTS = ["tests/triton/test_kernels.py"]
 COMPILERS = 6
 """Processes that compile: other stages of bench.gpu.run use the machine's cores too."""
 
@@ -72,6 +74,11 @@ def neighbors(config: tuning.LaunchConfig) -> list[tuning.LaunchConfig]:
         for other in found
         if all(getattr(LEAST, name) <= getattr(other, name) <= getattr(MOST, name) for name in names)
     ]
+
+
+def present_tiles() -> tuning.TileTable:
+    """The tiles in force on this device."""
+    return tuning.CONFIGS.get(tuning.architecture(), tuning.CONFIGS[tuning.DEFAULT])
 
 
 @contextlib.contextmanager
@@ -123,10 +130,10 @@ class Bench:
 
 
 def triton_bench(key: tuple[str, int, int], shape: tuple[int, int], device: str) -> Bench:
-    """The bench of one entry of `CONFIGS`."""
-    kernel, element_size, block_r = key
+    """The bench of one key of `CONFIGS`."""
+    kernel, element_size, rank = key
     dtype = torch.bfloat16 if element_size == 2 else torch.float32
-    return Bench(triton_backend.BACKEND, KERNELS[kernel], shape, 8 if block_r == 16 else block_r, dtype, device)
+    return Bench(triton_backend.BACKEND, KERNELS[kernel], shape, rank, dtype, device)
 
 
 _last_bench = functools.lru_cache(maxsize=1)(triton_bench)
@@ -134,7 +141,7 @@ _last_bench = functools.lru_cache(maxsize=1)(triton_bench)
 
 def compile_config(key: tuple[str, int, int], shape: tuple[int, int], config: tuning.LaunchConfig) -> None:
     """Runs in a process of its own: leaves the compiled kernel in Triton's cache on the disk."""
-    with contextlib.suppress(Exception), only_line(tuning.CONFIGS, key, (WIDE, WIDE, config)):  # `measure` says why
+    with contextlib.suppress(Exception), only_line(present_tiles(), key, (WIDE, WIDE, config)):  # `measure` says why
         _last_bench(key, shape, "cuda").call(0)
         torch.cuda.synchronize()
 
@@ -175,7 +182,7 @@ def search_triton(
     bench = triton_bench(key, shape, device)
 
     def measure(config: tuning.LaunchConfig) -> tuple[float | None, float]:
-        with only_line(tuning.CONFIGS, key, (WIDE, WIDE, config)):
+        with only_line(present_tiles(), key, (WIDE, WIDE, config)):
             return bench.measure()
 
     def prepare(configs: list[tuning.LaunchConfig]) -> None:
@@ -190,112 +197,148 @@ def search_triton(
 # --- CUDA -------------------------------------------------------------------------------------------------------------
 
 
-def search_slices(
-    backend: cuda_backend.CudaBackend, key: tuple[str, int], shape: tuple[int, int], device: str
-) -> tuple[int, list[dict]]:
-    """The best slice for one pass, rank and width, and all that were measured; the present one is measured first."""
+def search_slices(backend: object, key: tuple[str, int], shape: tuple[int, int], device: str) -> tuple[int, list[dict]]:
+    """The best slice for one pass, rank and width, and all that were measured, the present one first.
+
+    Raises:
+        RuntimeError: the present slice does not run.
+    """
     direction, rank = key
     bench = Bench(backend, PASSES[direction], shape, rank, torch.bfloat16, device)
     widest = 2048 if direction == "forward" else 1024
     present = tuning.select_slice(direction, rank, shape[1])
     best, log = present, []
-    for size in sorted(SLICES, key=lambda size: size != present):
-        if size > widest or 16 * size < shape[1]:
+    for size in [present, *(size for size in SLICES if size != present)]:
+        if size > widest or 16 * size < shape[1]:  # a cluster has 16 blocks at most
             continue
         with only_line(tuning.SLICES, key, (WIDE, size)):
             seconds, error = bench.measure()
         log.append({"choice": size, "seconds": seconds, "error": error})
-        of_best = next(entry["seconds"] for entry in log if entry["choice"] == best)
-        right = error <= 1.5 * log[0]["error"] + 1e-7
-        if seconds is not None and right and (of_best is None or seconds < WORTH * of_best):
+        if log[0]["seconds"] is None:
+            raise RuntimeError(f"tune: the present slice {present} does not run")
+        fastest = next(entry["seconds"] for entry in log if entry["choice"] == best)
+        if seconds is not None and error <= 1.5 * log[0]["error"] + 1e-7 and seconds < WORTH * fastest:
             best = size
     return best, log
 
 
-def cuda_module(rehearse: bool) -> tuple[cuda_backend.CudaBackend | None, str]:
-    """The backend whose slices are measured, or None and why there is none; a rehearsal builds nothing."""
-    if not rehearse:
-        reason = cuda_backend.BACKEND.why_unavailable()
-        return (None, reason) if reason else (cuda_backend.BACKEND, "")
-    built = sorted((emulation.ROOT / "build" / "emulation").glob("_emulated*.so"))
-    sources = [
-        *(emulation.ROOT / "csrc" / "cuda").rglob("*.[ch]*"),
-        *(emulation.ROOT / "python_bindings").glob("cuda*"),
-    ]
-    if not built or built[0].stat().st_mtime < max(path.stat().st_mtime for path in sources):
-        return (
-            None,
-            "the emulation is not built, or older than its sources (pytest tests/cuda/test_emulated.py builds it)",
-        )
-    native = emulation.load(built[0])
-    native.emulate(0)
-    return emulation.backend(native), ""
-
-
 # --- the tables -------------------------------------------------------------------------------------------------------
-
-
-def config_lines(key: tuple[str, int, int], found: dict[tuple, tuple]) -> list[str]:
-    """An entry of `CONFIGS`: `found` is {shape: (config, seconds)}; where it has nothing the present line stands."""
-    entries = []
-    for most_m, most_d, shape in RANGES:
-        config, seconds = found.get(shape, (dataclasses.astuple(tuning.select_config(*key, *shape)), None))
-        if entries and entries[-1][0] == most_m and entries[-1][2] == config:
-            entries.pop()
-        entries.append((most_m, most_d, config, evidence(shape, seconds)))
-    name = {FEW_ROWS: "FEW_ROWS", WIDE: "WIDE"}
-    return [f"({name.get(m, m)}, {name.get(d, d)}, LaunchConfig{config}),  # {why}" for m, d, config, why in entries]
-
-
-def slice_lines(key: tuple[str, int], found: dict[tuple, tuple]) -> list[str]:
-    """An entry of `SLICES` likewise; beyond the widest shape the present lines stand."""
-    entries = []
-    for width in WIDTHS:
-        size, seconds = found.get((8192, width), (tuning.select_slice(*key, width), None))
-        if entries and entries[-1][1] == size:
-            entries.pop()
-        entries.append((width, size, evidence((8192, width), seconds)))
-    entries += [(*line, "not measured") for line in tuning.SLICES[key] if line[0] > WIDTHS[-1]]
-    return [f"({most_d}, {size}),  # {why}" for most_d, size, why in entries]
 
 
 def evidence(shape: tuple[int, int], seconds: float | None) -> str:
     return "not measured" if seconds is None else f"{seconds * 1e6:.1f} us at {shape[0]} x {shape[1]}"
 
 
-def module(log: dict[str, dict], gpu: str | None) -> str:
-    """tuning.py's source with what was found on `gpu`; entries that were not searched stay as they are."""
+def limit(value: int) -> int | None:
+    return None if value == WIDE else value
+
+
+def tile_rows(key: tuple[str, int, int], found: dict[tuple, tuple]) -> list[dict]:
+    """The lines of a key: `found` is {shape: (tile, seconds)}; where it has nothing the present line stands."""
+    kernel, element_size, rank = key
+    rows: list[dict] = []
+    for most_m, most_d, shape in RANGES:
+        tile, seconds = found.get(shape, (dataclasses.astuple(tuning.select_config(*key, *shape)), None))
+        row = {"kernel": kernel, "bytes": element_size, "rank": rank, "max_m": limit(most_m), "max_d": limit(most_d)}
+        row |= {"tile": list(tile), "why": evidence(shape, seconds)}
+        if rows and (rows[-1]["max_m"], rows[-1]["tile"]) == (row["max_m"], row["tile"]):
+            rows.pop()
+        rows.append(row)
+    return rows
+
+
+def slice_rows(key: tuple[str, int], found: dict[tuple, tuple]) -> list[dict]:
+    """Likewise for a key of `SLICES`; beyond the widest shape the present lines stand."""
+    rows: list[dict] = []
+    for width in WIDTHS:
+        size, seconds = found.get((8192, width), (tuning.select_slice(*key, width), None))
+        row = {"pass": key[0], "rank": key[1], "max_d": width, "slice": size, "why": evidence((8192, width), seconds)}
+        if rows and rows[-1]["slice"] == size:
+            rows.pop()
+        rows.append(row)
+    beyond = [(most_d, size) for most_d, size in tuning.SLICES[key] if most_d > WIDTHS[-1]]
+    return rows + [
+        {"pass": key[0], "rank": key[1], "max_d": most_d, "slice": size, "why": "not measured"}
+        for most_d, size in beyond
+    ]
+
+
+def table(log: dict[str, dict], architecture: str, gpu: str | None) -> str:
+    """The file of an architecture with what was found on `gpu`; lines that were not searched stay as they are."""
+    path = tuning.TABLES / f"{architecture}.json"
+    present = json.loads(path.read_text()) if path.exists() else {"tiles": [], "slices": []}
     found: dict[tuple, dict[tuple, tuple]] = {}
     for entry in log.values():
         best = tuple(entry["best"]) if isinstance(entry["best"], list) else entry["best"]
         seconds = next(taken["seconds"] for taken in entry["tried"] if taken["choice"] == entry["best"])
         found.setdefault(tuple(entry["key"]), {})[tuple(entry["shape"])] = (best, seconds)
-    source = Path(tuning.__file__).read_text()
+    tiles, slices = (
+        [row for row in present[name] if tuple(row[part] for part in parts) not in found]
+        for name, parts in (("tiles", ("kernel", "bytes", "rank")), ("slices", ("pass", "rank")))
+    )
     for key, of_shapes in found.items():
-        written = repr(key).replace("'", '"')
-        lines = (slice_lines if key in tuning.SLICES else config_lines)(key, of_shapes)
-        block = f"    {written}: [\n" + "".join(f"        {line}\n" for line in lines) + "    ],\n"
-        # an entry ends on its own line, or on the first one that closes its bracket
-        pattern = rf"^    {re.escape(written)}: \[(?:[^\n]+\n|\n.*?^    \],\n)"
-        source, count = re.subn(pattern, lambda _: block, source, flags=re.DOTALL | re.MULTILINE)  # noqa: B023
-        if count != 1:
-            raise RuntimeError(f"tune: tuning.py has {count} entries for {key}")
-    if gpu:
-        measured = f"Measured on {gpu} where a line's comment is a time. Any other comment"
-        source = source.replace("NOT YET MEASURED ON A GPU. Each line's comment", measured, 1)
-    compile(source, "tuning.py", "exec")
-    return source
+        if key in tuning.SLICES:
+            slices += slice_rows(key, of_shapes)
+        else:
+            tiles += tile_rows(key, of_shapes)
+    parts = [f' "architecture": {json.dumps(architecture)}', f' "measured_on": {json.dumps(gpu)}']
+    for name, rows in (("tiles", tiles), ("slices", slices)):
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        parts.append(f' "{name}": [\n{lines}\n ]' if rows else f' "{name}": []')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def put_in_place(text: str, architecture: str) -> bool:
+    """Put a table into the tree and test its tiles there; where one fails, the tree is as it was."""
+    path = tuning.TABLES / f"{architecture}.json"
+    before = path.read_text() if path.exists() else None
+    path.write_text(text)
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "shipped_tiles", *TILE_TESTS]
+    if subprocess.run(tests, cwd=ROOT, timeout=240).returncode == 0:
+        return True
+    path.unlink() if before is None else path.write_text(before)
+    return False
 
 
 def jobs(rehearse: bool, with_slices: bool) -> list[tuple[tuple, tuple[int, int]]]:
     """(key, shape), the most wanted first: two-byte activations of rank 16 and less, then the slices, then the rest."""
-    keys = [key for key in tuning.CONFIGS if key[0] in KERNELS]
+    keys = [key for key in present_tiles() if key[0] in KERNELS]
     if rehearse:
-        return [(keys[0], (40, 128))] + [(key, (40, 520)) for key in tuning.SLICES if with_slices]
+        return [(keys[0], (40, 128))]
     triton = [(key, shape) for key in keys for _, _, shape in reversed(RANGES)]
-    wanted = [(key, shape) for key, shape in triton if key[1:] == (2, 16) and shape[0] > FEW_ROWS]
+    wanted = [(key, shape) for key, shape in triton if key[1] == 2 and key[2] <= 16 and shape[0] > FEW_ROWS]
     slices = [(key, (8192, width)) for key in tuning.SLICES for width in WIDTHS] if with_slices else []
     return wanted + slices + [job for job in triton if job not in wanted]
+
+
+def search_all(options: argparse.Namespace, planned: dict[str, tuple], log: dict[str, dict]) -> list[str]:
+    """Search what `log` does not have, as far as the time goes; the names that are left."""
+    device = "cpu" if options.rehearse else "cuda"
+    start, before = time.monotonic(), sum(entry["took"] for entry in log.values())
+    left = [name for name in planned if name not in log]
+    with contextlib.ExitStack() as stack:
+        pool = None
+        if not options.rehearse:
+            pool = stack.enter_context(ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")))
+        while left and (spent := time.monotonic() - start) < options.seconds and before + spent < options.total:
+            name = left.pop(0)
+            key, shape = planned[name]
+            begun = time.monotonic()
+            try:
+                if key in tuning.SLICES:
+                    best, tried = search_slices(cuda_backend.BACKEND, key, shape, device)
+                else:
+                    best, tried = search_triton(key, shape, device, options.most, pool)
+            except RuntimeError as error:  # this one is left as it is; the others may run
+                print(f"{name}: {error}", flush=True)
+                continue
+            took = time.monotonic() - begun
+            log[name] = {"key": key, "shape": shape, "best": best, "took": took, "tried": tried}
+            (options.out / "tuning.json").write_text(json.dumps(log) + "\n")
+            fastest = next(entry for entry in tried if entry["choice"] == best)
+            rate = tried[0]["seconds"] / fastest["seconds"]
+            print(f"{name}: {best}, {rate:.2f} x the first one's speed, {len(tried)} tried in {took:.1f} s", flush=True)
+    return left
 
 
 def main() -> int:
@@ -303,50 +346,36 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=240, help="stop, to be resumed, after this long")
     parser.add_argument("--total", type=float, default=240, help="of all calls together; then what is left stands")
-    parser.add_argument("--most", type=int, default=24, help="measurements a shape")
-    parser.add_argument("--rehearse", action="store_true", help="tiny shapes, in the interpreter and on the emulation")
+    parser.add_argument("--most", type=int, default=24, help="measurements per shape")
+    parser.add_argument("--rehearse", action="store_true", help="one tiny shape, in the interpreter, nothing in place")
     options = parser.parse_args()
     if options.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--rehearse needs TRITON_INTERPRET=1")
     if options.rehearse:
         importlib.import_module("tests.triton.interpreter")  # for its repairs
-    device = "cpu" if options.rehearse else "cuda"
-    backend, reason = cuda_module(options.rehearse)
+        options.most = min(options.most, 4)
+    else:
+        torch.cuda.init()
+    reason = "a rehearsal" if options.rehearse else cuda_backend.BACKEND.why_unavailable()
     if reason:
         print(f"the CUDA kernels' slices are left out: {reason}")
-    log_path = options.out / "tuning.json"
-    log = json.loads(log_path.read_text()) if log_path.exists() else {}
-    options.out.mkdir(parents=True, exist_ok=True)
-    start, before = time.monotonic(), sum(entry["took"] for entry in log.values())
+    (options.out / "table").mkdir(parents=True, exist_ok=True)
+    path = options.out / "tuning.json"
+    log = json.loads(path.read_text()) if path.exists() else {}
     planned = {
         f"{'/'.join(map(str, key))} {shape[0]}x{shape[1]}": (key, shape)
-        for key, shape in jobs(options.rehearse, backend is not None)
+        for key, shape in jobs(options.rehearse, reason is None)
     }
-    left = [name for name in planned if name not in log]
-    spent = lambda: time.monotonic() - start  # noqa: E731
-    with contextlib.ExitStack() as stack:
-        pool = None
-        if not options.rehearse:
-            pool = stack.enter_context(ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")))
-        while left and spent() < options.seconds and before + spent() < options.total:
-            name = left.pop(0)
-            key, shape = planned[name]
-            begun = time.monotonic()
-            if key in tuning.SLICES:
-                best, tried = search_slices(backend, key, shape, device)
-            else:
-                best, tried = search_triton(key, shape, device, options.most, pool)
-            took = time.monotonic() - begun
-            log[name] = {"key": key, "shape": shape, "best": best, "took": took, "tried": tried}
-            log_path.write_text(json.dumps(log) + "\n")
-            fastest = next(entry for entry in tried if entry["choice"] == best)
-            rate = tried[0]["seconds"] / fastest["seconds"] if tried[0]["seconds"] else float("nan")
-            print(f"{name}: {best}, {rate:.2f} x the first one's speed, {len(tried)} tried in {took:.1f} s", flush=True)
-    (options.out / "tuning.py").write_text(
-        module(json.loads(log_path.read_text()), None if options.rehearse else torch.cuda.get_device_name())
-    )
+    left = search_all(options, planned, log)
+    architecture = tuning.architecture()
+    text = table(log, architecture, None if options.rehearse else torch.cuda.get_device_name())
+    (options.out / "table" / f"{architecture}.json").write_text(text)
+    if not options.rehearse and not put_in_place(text, architecture):
+        (options.out / "table" / f"{architecture}.json").unlink()
+        print("a tile of the new table fails its test: the present table stands")
+        return 1
     print(f"{len(planned) - len(left)} of {len(planned)} searched, {len(left)} left")
-    return 3 if left and before + spent() < options.total else 0
+    return TO_BE_CONTINUED if left and sum(entry["took"] for entry in log.values()) < options.total else 0
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from torch import nn
 pytest.importorskip("rich")
 pytest.importorskip("peft")
 
+from bench import COMMIT_VARIABLE, layer, model, op, providers, record, report, shapes, timing
 from bench import __main__ as cli
-from bench import layer, model, op, providers, record, report, shapes, timing
 from hra_kernels.measuring import stopwatch
+from hra_kernels.measuring.text import significant
 from hra_kernels.testing.tolerance import rounding
 
 DEVICE = torch.device("cpu")
@@ -286,3 +287,28 @@ def test_bad_arguments_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_without_git_the_commit_is_what_the_variable_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(COMMIT_VARIABLE, "abc123")
+    meta = record.describe(DEVICE, {})
+    assert meta["commit"] == "abc123" and meta["dirty"] is None
+
+
+def test_other_methods_that_do_better_are_named_and_equal_print_is_no_loss():
+    def row(provider, ratio):
+        return {"provider": provider, "label": provider.upper(), "ratio": {"median": ratio}}
+
+    rows = [row("frozen", 1.0), row("ours", 1.204), row("ours-nn", 1.0), row("lora", 1.1), row("oft", 1.201)]
+    runs = [{"case": {"name": "a"}, "rows": rows}, {"case": {"name": "b"}, "rows": [row("ours", 1.0), row("oft", 2.0)]}]
+    assert report.time_losses(runs) == "**Faster than ours**: a: LORA 1.10 against our 1.20."
+    assert report.time_losses(runs[1:]) == "**Faster than ours**: no method in any case."
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1780.4, "1,780"), (360.2, "360"), (2.7, "2.70"), (0.01234, "0.0123"), (2036, "2,040")],
+)
+def test_numbers_are_written_as_a_person_does(value, text):
+    assert significant(value) == text

@@ -1,6 +1,5 @@
-"""The GPU script without a GPU: its command lines parse, its stages resume, its launch table is Python."""
+"""The GPU script without a GPU: its commands parse, its steps end, resume and say why they cannot run."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -15,112 +14,182 @@ pytest.importorskip("peft")
 
 from bench import __main__ as cli
 from bench import shapes
-from bench.gpu import commands, counters, stages, verdict
+from bench.gpu import counters
 from bench.gpu import run as gpu
-from bench.gpu.session import MARGIN_S, OutOfTime, Session, StageFailed
+from bench.gpu.stages import ROOT, TO_BE_CONTINUED, Stage, Step, stages
 
 
 @pytest.fixture
 def session(tmp_path):
-    return Session(rehearse=True, deadline=time.monotonic() + 60, work=tmp_path / "work")
+    return gpu.Session(tmp_path / "work", time.monotonic() + 60)
+
+
+def python(name, code, seconds=30, **options):
+    return Step(name, [sys.executable, "-c", code], seconds, least=1, **options)
+
+
+def run(session, *steps, together=False, again=False):
+    gpu.run_stage(session, Stage("stage", list(steps), together), again)
+    return session.state["steps"]
 
 
 @pytest.mark.parametrize("rehearse", [True, False])
 @pytest.mark.parametrize("level", cli.LEVELS)
-def test_every_benchmark_command_is_one_the_benchmark_understands(level, rehearse):
-    found = commands.benchmarks(level, rehearse)
-    assert found
-    for arguments in found:
-        options = cli.build_parser().parse_args([level, *arguments, "--device", "cpu", "--out", "x"])
+def test_every_benchmark_command_is_one_the_benchmark_understands(level, rehearse, tmp_path):
+    stage = next(stage for stage in stages(tmp_path, rehearse) if stage.name == level)
+    assert stage.steps
+    for step in stage.steps:
+        options = cli.build_parser().parse_args(step.command[3:])
         assert not hasattr(options, "shapes") or shapes.parse(options.shapes)
+        assert options.missing and options.out == tmp_path / "results"
 
 
-def test_a_stage_out_of_time_goes_on_where_it_stopped(session, monkeypatch):
-    done = []
-
-    def stage(session):
-        entry = session.state["machine"].setdefault("done", [])
-        for part in "abc":
-            if part in entry:
-                continue
-            if len(done) == 2 and part == "c":
-                done.append("pause")
-                raise OutOfTime("no time for c")
-            done.append(part)
-            entry.append(part)
-        return "all"
-
-    monkeypatch.setitem(stages.STAGES, "machine", stage)
-    gpu.run_stage(session, "machine", again=False)
-    assert session.state["machine"]["status"] == "unfinished"
-    gpu.run_stage(session, "machine", again=False)
-    assert session.state["machine"]["status"] == "passed" and done == ["a", "b", "pause", "c"]
+def test_the_order_and_the_limits(tmp_path):
+    planned = stages(tmp_path, False)
+    names = [stage.name for stage in planned]
+    wanted = ["build", "smoke", "correctness", "op", "counters", "tune", "layer", "model", "numerics"]
+    assert [name for name in names if name in wanted] == wanted
+    assert all(0 < step.seconds <= 400 for stage in planned for step in stage.steps)
+    smoke = next(stage for stage in planned if stage.name == "smoke")
+    assert smoke.together and all(step.seconds <= 60 for step in smoke.steps)
+    sanitize = next(stage for stage in planned if stage.name == "sanitize")
+    assert {step.name.split()[0] for step in sanitize.steps if step.advisory} == {"racecheck"}
+    assert {step.name.split()[0] for step in sanitize.steps if not step.advisory} == {"memcheck", "synccheck"}
 
 
-def test_a_failing_command_fails_its_stage_with_what_it_said(session):
-    with pytest.raises(StageFailed, match="status 3: the reason"):
-        session.python("machine", "-c", "import sys; print('the reason'); sys.exit(3)")
+def test_a_hang_ends_at_its_limit_with_all_it_started_and_spares_the_rest(session, tmp_path):
+    child = (
+        "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']);"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(60)"
+    )
+    found = run(session, python("hang", child, seconds=2), python("next", "print('fine')"))
+    assert found["stage/hang"]["status"] == "failed" and "did not end within 2 s" in found["stage/hang"]["summary"]
+    assert found["stage/next"]["status"] == "passed"
+    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
-def test_a_command_that_does_not_end_runs_out_of_time(session):
-    session.deadline = time.monotonic() + MARGIN_S + 1.5
-    with pytest.raises(OutOfTime, match="did not end in time"):
-        session.python("machine", "-c", "import time; time.sleep(30)", least=1)
+def test_what_the_end_of_a_call_cut_off_goes_on_in_the_next(session):
+    session.deadline = time.monotonic() + gpu.MARGIN_S + 2
+    found = run(session, python("long", "import time; time.sleep(30)", seconds=60), python("after", "print(1)"))
+    assert found["stage/long"]["status"] == found["stage/after"]["status"] == "unfinished"
+    session.deadline = time.monotonic() + 60
+    found = run(session, python("long", "print('done')"), python("after", "print(1)"))
+    assert found["stage/long"]["status"] == found["stage/after"]["status"] == "passed"
+
+
+def test_what_is_done_in_parts_is_unfinished(session):
+    assert run(session, python("part", f"exit({TO_BE_CONTINUED})"))["stage/part"]["status"] == "unfinished"
+
+
+def test_passed_and_failed_steps_are_not_run_again_unless_asked(session, tmp_path):
+    code = f"open({str(tmp_path / 'log')!r}, 'a').write('x')"
+    steps = python("once", code), python("broken", code + "; exit(1)")
+    for again in (False, False, True):
+        run(session, *steps, again=again)
+    assert (tmp_path / "log").read_text() == "xxxx"
+
+
+def test_a_step_says_why_it_cannot_run_and_an_advisory_one_fails_nothing(session):
+    found = run(
+        session,
+        python("tool", "print(1)", needs=("no-such-tool",)),
+        Step("missing", ["/no/such/program"], 30, least=1),
+        python("race", "print('ERROR SUMMARY: 3 hazards'); exit(99)", says="ERROR SUMMARY.*", advisory=True),
+        python("gate", "print('ERROR SUMMARY: 3 errors'); exit(99)", says="ERROR SUMMARY.*"),
+        together=True,
+    )
+    assert found["stage/tool"] == {"status": "cannot run", "summary": "no-such-tool not on the PATH"}
+    assert found["stage/missing"]["status"] == "failed" and "FileNotFoundError" in found["stage/missing"]["summary"]
+    assert found["stage/race"]["status"] == "advisory" and "3 hazards" in found["stage/race"]["summary"]
+    assert found["stage/gate"]["status"] == "failed" and "3 errors" in found["stage/gate"]["summary"]
 
 
 def test_a_test_run_that_tested_nothing_is_a_failure(session, tmp_path):
     (tmp_path / "test_skipped.py").write_text("import pytest\n@pytest.mark.skip\ndef test_it(): pass\n")
-    with pytest.raises(StageFailed, match="nothing was tested: 1 skipped"):
-        session.pytest("test", str(tmp_path / "test_skipped.py"), "-c", "/dev/null", "--rootdir", str(tmp_path))
+    command = [sys.executable, "-m", "pytest", "-q", str(tmp_path / "test_skipped.py"), "-c", "/dev/null"]
+    says = next(step for stage in stages(tmp_path, True) for step in stage.steps if "pytest" in step.command).says
+    found = run(session, Step("tests", [*command, "--rootdir", str(tmp_path)], 60, least=1, says=says))
+    assert found["stage/tests"]["status"] == "failed" and "1 skipped" in found["stage/tests"]["summary"]
 
 
-def test_packed_files_are_few_and_the_verdict_names_every_stage(session, tmp_path):
-    session.state["build"] = {"status": "passed", "summary": "built", "seconds": 1.0}
-    session.results.mkdir(parents=True)
-    (session.results / "layer.json").write_text(
-        json.dumps({"runs": [{"case": {"name": "s"}, "rows": [{"label": "m", "why": None, "ratio": {"median": 1.5}}]}]})
-    )
-    for name in verdict.PLOTS:
-        (session.results / name).write_bytes(b"plot")
-    verdict.pack(session, tmp_path / "out")
-    assert len(list((tmp_path / "out").iterdir())) <= 8
-    text = (tmp_path / "out" / "verdict.md").read_text()
-    assert all(f"**{name}**" in text for name in stages.STAGES) and "m 1.500" in text and "Rehearsal" in text
+def test_what_the_build_left_is_checked_whatever_the_state_says(session, tmp_path):
+    module = tmp_path / "module"
+    step = python("modules", f"open({str(module)!r}, 'w')", unless=f"open({str(module)!r})")
+    run(session, step)
+    module.unlink()  # another machine, with the state of this one
+    assert run(session, step)["stage/modules"]["status"] == "passed" and module.exists()
+    assert run(session, step)["stage/modules"]["summary"] == "was there already"
 
 
-def test_the_launch_tables_are_written_as_python():
+def test_state_results_and_tables_come_home_and_are_resumed_from(session, tmp_path):
+    planned = [Stage("stage", [python("first", "print('done')"), python("second", "print(2)")])]
+    run(session, planned[0].steps[0])
+    case = {"case": {"name": "s"}, "rows": [{"label": "m", "why": None, "ratio": {"median": 1.5}}]}
+    for name, text in (("results/layer.json", json.dumps({"runs": [case]})), ("tune/table/sm_90.json", "{}")):
+        (session.work / name).parent.mkdir(parents=True)
+        (session.work / name).write_text(text)
+    home = tmp_path / "home"
+    text = gpu.pack(session, planned, home)
+    assert {path.name for path in home.iterdir()} == {"verdict.md", "state.json", "results.tar.gz", "sm_90.json"}
+    assert "m 1.500" in text and "**stage/second**: not run" in text
+    other = gpu.Session(tmp_path / "fresh", time.monotonic() + 60)
+    gpu.resume(other, home)
+    assert json.loads((other.work / "state.json").read_text()) == session.state
+    assert (other.work / "results" / "layer.json").exists() and (other.work / "tune/table/sm_90.json").exists()
+    with pytest.raises(ValueError, match=r"expected a folder with a state\.json"):
+        gpu.resume(other, tmp_path / "nothing")
+
+
+def test_a_tree_without_history_must_be_named_with_and_without_git(session, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv(gpu.COMMIT_VARIABLE, raising=False)
+    for path in (os.environ["PATH"], str(tmp_path)):  # the second has no git
+        monkeypatch.setenv("PATH", path)
+        session.state.pop("commit", None)
+        with pytest.raises(ValueError, match="name the commit with --commit"):
+            gpu.name_commit(session, None)
+        gpu.name_commit(session, "abc123")
+        gpu.name_commit(session, None)  # the state knows
+        assert os.environ[gpu.COMMIT_VARIABLE] == "abc123"
+
+
+def test_the_table_of_an_architecture_is_written_and_read(monkeypatch, tmp_path):
     pytest.importorskip("triton")
     from bench.gpu import tune
     from hra_kernels.backends import tuning
 
-    keys = [key for key in tuning.CONFIGS if key[0] in tune.KERNELS]
-    shape, wanted = tune.RANGES[1][2], tuning.LaunchConfig(64, 64, 8, 2)
-    choice = list(dataclasses.astuple(wanted))
+    key, shape, tile = ("reflect", 2, 8), tune.RANGES[1][2], [64, 64, 8, 2]
     log = {
-        str(key): {"key": key, "shape": shape, "best": choice, "tried": [{"choice": choice, "seconds": 2e-5}]}
-        for key in keys
+        "a": {"key": key, "shape": shape, "best": tile, "tried": [{"choice": tile, "seconds": 2e-5}]},
+        "b": {"key": ("forward", 8), "shape": [8192, 4096], "best": 2048, "tried": [{"choice": 2048, "seconds": 2e-5}]},
     }
-    for key in tuning.SLICES:
-        log[str(key)] = {"key": key, "shape": [8192, 4096], "best": 2048, "tried": [{"choice": 2048, "seconds": 2e-5}]}
-    source = tune.module(log, "GPU")
-    assert "NOT YET MEASURED" not in source and "on GPU where" in source and "20.0 us at 8192 x 4096" in source
-    written = {"__name__": "hra_kernels.written"}
-    exec(compile(source, "tuning.py", "exec"), written)
-    sizes = [shape for _, _, shape in tune.RANGES]
-    for key, lines in tuning.CONFIGS.items():
-        if key not in keys:
-            assert [(m, d, dataclasses.astuple(config)) for m, d, config in lines] == [
-                (m, d, dataclasses.astuple(config)) for m, d, config in written["CONFIGS"][key]
-            ]
-            continue
-        for point in sizes:
-            expected = wanted if point == shape else tuning.select_config(*key, *point)
-            assert dataclasses.astuple(written["select_config"](*key, *point)) == dataclasses.astuple(expected)
-    for key in tuning.SLICES:
-        for width in (*tune.WIDTHS, 20000):
-            expected = 2048 if width == 4096 else tuning.select_slice(*key, width)
-            assert written["select_slice"](*key, width) == expected
-    assert tune.module({}, None) == Path(tuning.__file__).read_text()
+    content = json.loads(tune.table(log, "sm_90", "GPU"))
+    assert content["measured_on"] == "GPU" and "20.0 us at 8192 x 2048" in [row["why"] for row in content["tiles"]]
+    tiles, slices = tuning.read_tiles(content["tiles"]), tuning.read_slices(content["slices"])
+    assert set(tiles) == {key} and set(slices) == set(tuning.SLICES)
+    before = {size: tuning.select_config(*key, *size, "sm_90") for _, _, size in tune.RANGES}
+    monkeypatch.setitem(tuning.CONFIGS, "sm_90", tuning.CONFIGS[tuning.DEFAULT] | tiles)
+    for size, present in before.items():
+        wanted = tuning.LaunchConfig(*tile) if size == shape else present
+        assert tuning.select_config(*key, *size, "sm_90") == wanted
+        assert tuning.select_config(*key, *size, "sm_120") == present
+    for width in (*tune.WIDTHS, 20000):
+        expected = 2048 if width == 4096 else tuning.select_slice("forward", 8, width)
+        assert next(size for most_d, size in slices["forward", 8] if most_d >= width) == expected
+
+
+def test_a_rank_takes_the_smallest_line_that_serves_it():
+    from hra_kernels.backends import tuning
+
+    tables = {("k", 2, rank): [(tuning.WIDE, tuning.WIDE, rank)] for rank in (8, 16, 64)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "CONFIGS", {tuning.DEFAULT: tables})
+        found = [tuning.select_config("k", 2, rank, 5, 5) for rank in (1, 8, 9, 16, 17, 64, 200)]
+        with pytest.raises(KeyError, match="no tile for k with 4 bytes"):
+            tuning.select_config("k", 4, 8, 5, 5)
+    assert found == [8, 8, 16, 16, 64, 64, 64]
 
 
 def test_the_search_finds_the_fastest_right_configuration():
@@ -164,55 +233,6 @@ def test_the_fastest_right_slice_is_found(monkeypatch):
     assert tune.search_slices(None, ("forward", 8), (8192, 4096), "cpu")[0] == 2048
 
 
-def test_every_stage_has_its_turn():
-    assert [name for wave in stages.WAVES for name in wave] == list(stages.STAGES)
-
-
-def test_a_faulty_stage_spares_the_others(session, monkeypatch):
-    monkeypatch.setitem(stages.STAGES, "machine", lambda session: 1 / 0)
-    gpu.run_stage(session, "machine", again=False)
-    assert session.state["machine"]["status"] == "failed" and "ZeroDivisionError" in session.state["machine"]["summary"]
-
-
-def test_a_test_run_that_skips_a_backend_is_a_failure(session, monkeypatch):
-    session.rehearse = False
-    session.state["test"] = {}
-    monkeypatch.setattr(stages, "backends", lambda session: ["cuda"])
-    monkeypatch.setattr(Session, "pytest", lambda self, *arguments: "20 passed, 300 skipped in 1.00s")
-    with pytest.raises(StageFailed, match="cuda: only 20 passed, 300 skipped"):
-        stages.test_backend(session)
-
-
-def test_a_benchmark_goes_on_with_what_is_missing_in_the_next_call(session, monkeypatch):
-    session.state["bench-layer"] = {}
-    ran = []
-    monkeypatch.setattr(Session, "python", lambda self, log, *arguments, **options: ran.append(arguments))
-    assert stages.STAGES["bench-layer"](session) == "1 commands"
-    assert "--missing" in ran[0] and str(session.results) in ran[0]
-
-
-def test_tuned_tables_are_put_back(session, monkeypatch, tmp_path):
-    monkeypatch.setattr(stages, "ROOT", tmp_path)
-    (tmp_path / "hra_kernels").mkdir()
-    stages.restore_tables(session)
-    assert not (tmp_path / "hra_kernels" / "tuning.py").exists()
-    session.work.mkdir()
-    (session.work / "tuning.py").write_text("tuned")
-    stages.restore_tables(session)
-    assert (tmp_path / "hra_kernels" / "tuning.py").read_text() == "tuned"
-
-
-def test_a_tree_without_history_must_be_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    monkeypatch.delenv(gpu.COMMIT_VARIABLE, raising=False)
-    with pytest.raises(ValueError, match="name the commit with --commit"):
-        gpu.name_commit(None)
-    monkeypatch.setenv(gpu.COMMIT_VARIABLE, "")
-    gpu.name_commit("abc123")
-    assert os.environ[gpu.COMMIT_VARIABLE] == "abc123"
-
-
 def ncu_row(number, kernel, range_name, metric, unit, value):
     return ",".join(f'"{field}"' for field in (number, "7", kernel, range_name, "Section", metric, unit, value))
 
@@ -228,7 +248,7 @@ NCU = [
 ]
 
 
-def test_the_profilers_table_becomes_a_line_a_kernel():
+def test_the_profilers_table_becomes_one_line_per_kernel():
     lines = counters.summarize("\n".join(NCU))
     assert len(lines) == 2
     assert lines[0].split()[:2] == ["cuda/reflect_fwd/8192x4096r8", "cluster_fwd_kernel"]
@@ -239,5 +259,5 @@ def test_the_profilers_table_becomes_a_line_a_kernel():
 
 def test_starting_needs_the_standard_library_alone():
     command = [sys.executable, "-S", "-m", "bench.gpu.run", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=stages.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "--rehearse" in done.stdout, done.stderr
