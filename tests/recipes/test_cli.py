@@ -1,6 +1,8 @@
 """The command line: help, the environment report, and errors that say what to do."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -61,6 +63,18 @@ def test_env_json():
     assert found["backends"]["reference"] is None
     assert found["torch_threads"] >= 1
     assert set(found) >= {"hra_kernels", "python", "torch", "peft", "peft_support", "nvcc", "gpus", "cpu_isa"}
+
+
+@pytest.mark.parametrize("arguments", [["env"], ["verify", "--backend", "reference"]], ids=lambda words: words[0])
+def test_output_that_nobody_reads(arguments):
+    """As in `| head`: the reader has left before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hra_kernels.cli", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
 
 
 def test_env_text_gives_every_backend_and_why_it_is_missing(monkeypatch, capsys):
