@@ -111,6 +111,26 @@ def test_fetch_offline_says_what_to_run(monkeypatch, tmp_path):
     assert list((tmp_path / "hra-kernels").iterdir()) == []
 
 
+def test_fetch_that_cannot_be_unpacked_is_one_line(monkeypatch, tmp_path, capsys):
+    """An archive cut short, and a cache folder below a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(packages, "find", lambda package: None)
+
+    def cut_short(package, folder):
+        (folder / "cut.whl").write_bytes(b"PK")
+        return folder / "cut.whl"
+
+    monkeypatch.setattr(packages, "_download", cut_short)
+    for cache in (tmp_path, tmp_path / "file"):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        capsys.readouterr()
+        assert cli.main(["fetch", "nlu"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "set XDG_CACHE_HOME" in err
+    assert list((tmp_path / "hra-kernels").iterdir()) == []
+
+
 def test_a_damaged_cache_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     target = tmp_path / "hra-kernels" / packages.MOVIE_SENTENCES.target
