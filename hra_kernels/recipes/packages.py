@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from hra_kernels.recipes import RecipeError
+from hra_kernels.recipes import RecipeError, refusing
 
 
 @dataclass(frozen=True)
@@ -129,28 +129,23 @@ def fetch(package: Package) -> Path:
     """Where the package's content is, after getting it with pip if it is not here yet.
 
     Raises:
-        RecipeError: pip could not download it, or what came is not the release that is expected.
+        RecipeError: pip could not download it, it cannot be unpacked, or it is not the release that is expected.
     """
     found = find(package)
     if found is not None:
         return found
     target = cache_folder() / package.target
-    try:
+    with refusing(f"cannot fetch {package} into {target.parent} (another place: set XDG_CACHE_HOME)"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-")
-    except OSError as error:
-        raise RecipeError(f"cannot write to the cache folder {target.parent} ({error}); set XDG_CACHE_HOME") from error
-    with scratch:
-        folder = Path(scratch.name)
-        archive = _download(package, folder)
-        unpacked = folder / "unpacked"
-        package.unpack(archive, unpacked)
-        damage = _damage(package, unpacked)
-        if damage:
-            raise RecipeError(f"{package}: {damage.replace(str(unpacked), package.target)}")
-        if target.is_dir():
-            shutil.rmtree(target)
-        unpacked.replace(target)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as scratch:
+            archive, unpacked = _download(package, Path(scratch)), Path(scratch) / "unpacked"
+            package.unpack(archive, unpacked)
+            damage = _damage(package, unpacked)
+            if damage:
+                raise RecipeError(f"{package}: {damage.replace(str(unpacked), package.target)}")
+            if target.is_dir():
+                shutil.rmtree(target)
+            unpacked.replace(target)
     return target
 
 

@@ -1,4 +1,4 @@
-"""Labelled sentences for `hra-kernels train nlu`: the default data set, a person's own files, and the three splits."""
+"""Labeled sentences for `hra-kernels train nlu`: the default data set, a person's own files, and the three splits."""
 
 import csv
 import json

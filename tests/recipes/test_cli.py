@@ -1,6 +1,8 @@
 """The command line: help, the environment report, and errors that say what to do."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -63,6 +65,18 @@ def test_env_json():
     assert set(found) >= {"hra_kernels", "python", "torch", "peft", "peft_support", "nvcc", "gpus", "cpu_isa"}
 
 
+@pytest.mark.parametrize("arguments", [["env"], ["verify", "--backend", "reference"]], ids=lambda words: words[0])
+def test_output_that_nobody_reads(arguments):
+    """As in `| head`: the reader has left before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "hra_kernels.cli", *arguments]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert "Traceback" not in done.stderr and "BrokenPipeError" not in done.stderr
+
+
 def test_env_text_gives_every_backend_and_why_it_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(ops, "backend_report", lambda: {"reference": None, "cuda": "no GPU that PyTorch can use"})
     assert cli.main(["env"]) == 0
@@ -94,6 +108,26 @@ def test_fetch_offline_says_what_to_run(monkeypatch, tmp_path):
     with pytest.raises(RecipeError, match="hra-kernels fetch nlu") as refused:
         packages.fetch(packages.MOVIE_SENTENCES)
     assert "vaderSentiment==2.5" in str(refused.value)
+    assert list((tmp_path / "hra-kernels").iterdir()) == []
+
+
+def test_fetch_that_cannot_be_unpacked_is_one_line(monkeypatch, tmp_path, capsys):
+    """An archive cut short, and a cache folder below a file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(packages, "find", lambda package: None)
+
+    def cut_short(package, folder):
+        (folder / "cut.whl").write_bytes(b"PK")
+        return folder / "cut.whl"
+
+    monkeypatch.setattr(packages, "_download", cut_short)
+    for cache in (tmp_path, tmp_path / "file"):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        capsys.readouterr()
+        assert cli.main(["fetch", "nlu"]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "set XDG_CACHE_HOME" in err
     assert list((tmp_path / "hra-kernels").iterdir()) == []
 
 
