@@ -19,7 +19,7 @@ def main() -> int:
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
     command += ["--target", str(target), "-C", f"build-dir={options.work / 'cmake'}", "--verbose", str(ROOT)]
     if options.cuda:
-        command += ["-C", "cmake.define.HRA_CUDA=ON", "-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real"]
+        command += ["-C", "cmake.define.HRA_CUDA=ON", "-C", "cmake.define.HRA_SPIN_LIMIT=10000000000"]
     subprocess.run(command, check=True)
     modules = sorted((target / "hra_kernels").glob("*.so"))
     for module in modules:
