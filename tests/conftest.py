@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from hra_kernels import ops
-from hra_kernels.backends import cpu
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -37,8 +36,9 @@ def pytest_configure(config):
         config.pluginmanager.import_plugin("tests.triton.interpreter")
     isa = config.getoption("isa")
     if isa:
-        if cpu.why_unavailable():
-            raise pytest.UsageError(f"--isa: {cpu.why_unavailable()}")
+        reason = ops.backend_report()["cpu"]
+        if reason:
+            raise pytest.UsageError(f"--isa: {reason}")
         native = importlib.import_module("hra_kernels._native")
         if isa not in native.isas():
             raise pytest.UsageError(f"--isa: expected one of {', '.join(native.isas())} on this machine, got {isa!r}")
