@@ -1,7 +1,9 @@
 """The backends by name, and the one place that chooses between them."""
 
 import contextlib
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -81,6 +83,18 @@ def select_backend(
             raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
         return _forced
     for name in _PREFERRED.get(device.type, ()):
-        if not (BACKENDS[name].why_unavailable() or _why_unsupported(name, device, dtype, rank, width, factor)):
+        missing = BACKENDS[name].why_unavailable()
+        if missing:
+            _warn_of_missing(name, missing)
+        elif not _why_unsupported(name, device, dtype, rank, width, factor):
             return name
     return reference.BACKEND.name
+
+
+@functools.cache  # once per process
+def _warn_of_missing(name: str, reason: str) -> None:
+    warnings.warn(
+        f"hra_kernels runs on plain PyTorch, right but slower: backend {name!r} is not available: {reason}. "
+        f"{BACKEND_VARIABLE}=reference asks for that without this warning.",
+        stacklevel=2,
+    )
