@@ -14,7 +14,9 @@ from hra_kernels.backends import triton_kernels, tuning
 from hra_kernels.testing.cases import make_u
 from hra_kernels.testing.tolerance import assert_accurate
 
-pytestmark = pytest.mark.skipif(triton_backend.BACKEND.why_unavailable() is not None, reason="no GPU, and TRITON_INTERPRET=0")
+pytestmark = pytest.mark.skipif(
+    triton_backend.BACKEND.why_unavailable() is not None, reason="no GPU, and TRITON_INTERPRET=0"
+)
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TRITON = triton_backend.BACKEND
