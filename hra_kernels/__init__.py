@@ -7,7 +7,7 @@ Modules: `hra_kernels.nn`. PEFT: `hra_kernels.peft.enable()`. Backends: `use_bac
 from hra_kernels.functional import hra_conv2d, hra_linear, hra_weight
 from hra_kernels.ops import backend_report, reflect, reflect_chain, use_backend, wy_factor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "backend_report",

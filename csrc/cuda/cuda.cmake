@@ -24,21 +24,20 @@ if(HRA_EMULATION)
 endif()
 
 if(HRA_CUDA STREQUAL "OFF")
-  message(STATUS "hra_kernels: CUDA kernels are left out, as HRA_CUDA=OFF asks")
+  leave_out(_cuda "HRA_CUDA=OFF asked for a build without it")
   return()
 endif()
 
-# set before CUDA is enabled: CMake's own probe may pick an architecture that nvcc no longer has
+# set before CUDA is enabled: CMake's own choice may be an architecture that nvcc no longer has
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 90a-real)
 endif()
-include(CheckLanguage)
-check_language(CUDA)
-if(NOT CMAKE_CUDA_COMPILER)
+probe_language(CUDA reason)
+if(reason)
   if(HRA_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "hra_kernels: HRA_CUDA=ON asks for the CUDA kernels, and no working nvcc was found")
+    message(FATAL_ERROR "hra_kernels: HRA_CUDA=ON asks for the CUDA kernels, and ${reason}")
   endif()
-  message(STATUS "hra_kernels: no nvcc found, so the CUDA kernels are not built; everything else is")
+  leave_out(_cuda "${reason}")
   return()
 endif()
 

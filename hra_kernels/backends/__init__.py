@@ -1,7 +1,9 @@
 """The backends by name, and the one place that chooses between them."""
 
 import contextlib
+import functools
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -69,11 +71,15 @@ def choose(
     _require_available(_forced)
     for name in _PREFERRED.get(device.type, ()) if _forced is None else (_forced,):
         backend = BACKENDS[name]
+        missing = backend.why_unavailable()
+        if missing:
+            _warn_of_missing(name, missing)
+            continue
         if factor:
             reason = backend.why_factor_unsupported(device, dtype, rank)
         else:
             reason = backend.why_unsupported(device, dtype, rank, width)
-        if not (reason or backend.why_unavailable()):
+        if not reason:
             return backend
     if _forced is not None:
         raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
@@ -83,3 +89,12 @@ def choose(
 def select_backend(device: torch.device, dtype: torch.dtype, rank: int, width: int | None = None) -> str:
     """The name of what `choose` chooses."""
     return choose(device, dtype, rank, width).name
+
+
+@functools.cache  # once per process
+def _warn_of_missing(name: str, reason: str) -> None:
+    warnings.warn(
+        f"hra_kernels runs on plain PyTorch, right but slower: backend {name!r} is not available: {reason}. "
+        f"{BACKEND_VARIABLE}=reference asks for that without this warning.",
+        stacklevel=2,
+    )

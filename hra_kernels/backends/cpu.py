@@ -3,19 +3,14 @@
 Rows of x, dy and u may be apart by any stride; the factor's small tensors are made contiguous here.
 """
 
-from importlib import import_module
-
 import torch
 from torch import Tensor
 
 from hra_kernels.backends.base import Backend
+from hra_kernels.backends.compiled import load
 from hra_kernels.factors import factor_dtype
 
-try:
-    _native = import_module("hra_kernels._native")
-except ImportError as error:
-    _native = None
-    _import_error = " ".join(str(error).split())
+_native, _why_missing = load("_native")
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """csrc/hra.h: DType."""
@@ -30,8 +25,8 @@ class CpuBackend(Backend):
     max_rank = 256  # csrc/hra.h: kMaxRank
 
     def why_unavailable(self) -> str | None:
-        """None, or why the compiled module cannot be imported."""
-        return None if _native is not None else f"the compiled module is missing: {_import_error}"
+        """None, or why the compiled module is not here."""
+        return _why_missing
 
     def wy_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
         size_d, rank = u.shape

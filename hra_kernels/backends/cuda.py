@@ -6,7 +6,6 @@ csrc/cuda has run on a GPU yet: it is tested on the CPU emulation (tests/cuda/em
 """
 
 import contextlib
-from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -14,13 +13,10 @@ from torch import Tensor
 
 from hra_kernels.backends import triton
 from hra_kernels.backends.base import Backend
+from hra_kernels.backends.compiled import load
 from hra_kernels.backends.tuning import select_slice
 
-try:
-    _cuda = import_module("hra_kernels._cuda")
-except ImportError as error:
-    _cuda = None
-    _import_error = " ".join(str(error).split())
+_cuda, _why_missing = load("_cuda")
 
 _CODES = {torch.bfloat16: 2, torch.float16: 3}
 _CAPABILITY = (9, 0)
@@ -54,7 +50,7 @@ class CudaBackend(Backend):
     def why_unavailable(self) -> str | None:
         """None, or what is missing: the module, a GPU for it, or the backend of the factors."""
         if self._native is None:
-            return f"the CUDA module is missing: {_import_error}"
+            return _why_missing
         if self.device_type == "cuda" and not torch.cuda.is_available():
             return "the CUDA module is built, but PyTorch sees no GPU"
         reason = self._factors.why_unavailable()

@@ -11,6 +11,7 @@ nothing.
 import functools
 import importlib.util
 import os
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -35,14 +36,25 @@ FUSED_RANK = 64
 FUSED_BACKWARD_RANK = 32
 """Up to here q, p, m and dt do. More columns spill registers: the products of size R are kernels of their own."""
 
+OLDEST_TRITON = (3, 4)
+"""What the extra `triton` asks for; older ones come with PyTorch 2.6 and 2.7."""
+
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _why_not_installed() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:  # builds for other GPUs have other names
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton must be {'.'.join(map(str, OLDEST_TRITON))} or newer, got {version}"
+    return None
 
 
 @functools.cache
@@ -356,8 +368,9 @@ class TritonBackend(Backend):
 
     def why_unavailable(self) -> str | None:
         """None where Triton and a GPU (or the interpreter) are here, else the reason."""
-        if not _is_installed():
-            return "Triton is not installed"
+        reason = _why_not_installed()
+        if reason:
+            return reason
         if not torch.cuda.is_available() and not _interpreted():
             return "PyTorch sees no GPU (with TRITON_INTERPRET=1 Triton runs on the CPU, for tests)"
         return None

@@ -9,6 +9,7 @@ interchangeable both ways, bit for bit. `export_lora` and PEFT's `convert_to_lor
 What is not supported (transposed convolutions, groups) is refused with an error that says so.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,14 +19,27 @@ except ImportError as error:
     raise ImportError("hra_kernels.peft needs PEFT: pip install 'hra-kernels[peft]'") from error
 
 SUPPORTED = ("0.19", "0.20", "0.21")
-"""The PEFT releases whose HRA layers these replace; each is run through the tests."""
+"""The PEFT releases whose HRA layers these replace; each is run through the tests. A newer one gets a warning."""
+
+_KNOWN_BROKEN: tuple[str, ...] = ()
+"""Newer releases (`major.minor`) that these layers are known not to work with."""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _require_supported() -> None:
-    if ".".join(peft.__version__.split(".")[:2]) not in SUPPORTED:
+    tested = f"{SUPPORTED[0]} to {SUPPORTED[-1]}"
+    release = ".".join(peft.__version__.split(".")[:2])
+    if release in _KNOWN_BROKEN or _release(release) < _release(SUPPORTED[0]):
         raise RuntimeError(
-            f"hra_kernels.peft: PEFT must be {', '.join(SUPPORTED)}, got {peft.__version__}. PEFT's own HRA still "
-            "works; for the kernels install one of these releases, or a newer hra-kernels."
+            f"hra_kernels.peft: PEFT must be {tested}, got {peft.__version__}, which does not work. PEFT's own "
+            "HRA still works; for the kernels install another release, or a newer hra-kernels."
+        )
+    if _release(release) > _release(SUPPORTED[-1]):
+        warnings.warn(
+            f"hra_kernels.peft is tested with PEFT {tested}, got {peft.__version__}, which is newer.", stacklevel=3
         )
 
 
@@ -91,7 +105,7 @@ def enable() -> None:
     Layers that exist already stay what they are. `hra_kernels.peft.disable()` undoes it.
 
     Raises:
-        RuntimeError: the installed PEFT is not one of `SUPPORTED` (raised at import).
+        RuntimeError: the installed PEFT is older than `SUPPORTED`, or known not to work (raised at import).
     """
     if not _replaced:
         for namespace, name, replacement in _REPLACEMENTS:

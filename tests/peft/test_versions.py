@@ -11,6 +11,7 @@ from pathlib import Path
 import peft
 import pytest
 
+import hra_kernels.peft
 from hra_kernels.peft import SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +30,27 @@ SELECTION = (
     "or forward_and_gradients or merge_and_unmerge or each_sample or rules or llama or modules_to_save "
     "or states_do_not_mix or add_weighted or all_or_nothing"
 )
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.9.0"])
+def test_an_older_release_is_an_error(monkeypatch, version):
+    monkeypatch.setattr(peft, "__version__", version)
+    with pytest.raises(RuntimeError, match=f"0.19 to 0.21, got {version}"):
+        hra_kernels.peft._require_supported()
+
+
+@pytest.mark.parametrize("version", ["0.22.0", "0.30.1.dev0", "1.0.0"])
+def test_a_newer_release_is_a_warning(monkeypatch, version):
+    monkeypatch.setattr(peft, "__version__", version)
+    with pytest.warns(UserWarning, match=f"0.19 to 0.21, got {version}"):
+        hra_kernels.peft._require_supported()
+
+
+def test_a_release_known_not_to_work_is_an_error(monkeypatch):
+    monkeypatch.setattr(peft, "__version__", "0.22.0")
+    monkeypatch.setattr(hra_kernels.peft, "_KNOWN_BROKEN", ("0.22",))
+    with pytest.raises(RuntimeError, match="which does not work"):
+        hra_kernels.peft._require_supported()
 
 
 def test_every_supported_release_is_named():
