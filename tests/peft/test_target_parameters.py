@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -178,6 +179,17 @@ def test_failed_merge_changes_nothing():
         model.merge_adapter()
     assert not any(one.merged for one in wrappers(model).values())
     assert torch.equal(wrappers(model)["down_proj"].base_parameter(), base.experts.down_proj)
+
+
+def test_offloaded_parameter_is_refused():
+    """In forward its hook would load the plain weight over ours; what was merged into it PEFT would not keep."""
+    model = adapt(net())
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(NotImplementedError, match=r"'experts.down_proj'.*is offloaded"):
+        model(torch.randn(7, 12))
+    with pytest.raises(NotImplementedError, match=r"'experts.down_proj'.*Parameter of torch.float32 on meta"):
+        model.merge_adapter()
+    assert not any(one.merged for one in wrappers(model).values())
 
 
 def mixtral():
