@@ -25,7 +25,7 @@ def join_factors(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     """(v, t) of Q_1 Q_2 ... from the factor of each: t = [[t_1, -t_1 (v_1 v_2ᵀ) t_2], [0, t_2]] and so on."""
     v, t = factors[0]
     for next_v, next_t in factors[1:]:
-        g = v.double() @ next_v.double().mT
+        g = v.double() @ next_v.double().transpose(0, 1)
         above = -(t.double() @ g @ next_t.double()).to(t.dtype)
         t = torch.cat([torch.cat([t, above], 1), torch.cat([next_t.new_zeros(next_t.shape[0], t.shape[0]), next_t], 1)])
         v = torch.cat([v, next_v])

@@ -127,7 +127,7 @@ def conv_correction(
     """
     v, t = factor
     filters = v.reshape(-1, *w.shape[1:])
-    back = -(w.flatten(1).to(v.dtype) @ v.mT @ t)
+    back = -(w.flatten(1).to(v.dtype) @ v.transpose(-2, -1) @ t)
     x = in_autocast_dtype(x)
     filters, back = filters.to(x.dtype), back.to(x.dtype)
     p = conv(x, filters, None, stride, padding, dilation, padding_mode)

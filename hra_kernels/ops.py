@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
 from hra_kernels import checks, reference
 from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, choose, select_backend, use_backend
@@ -122,14 +123,30 @@ for _name, _kernel, _fake in [
     torch.library.register_fake(f"hra::{_name}", _fake, lib=_library)
 
 
+# torch.onnx.export(dynamo=True) knows none of these operators and asks this table for others in their place
+for _name, _plain in [
+    ("wy_factor_fwd", reference.portable_factor),
+    ("reflect_fwd", reference.reflect_fwd),
+    ("reflect_dx", reference.reflect_dx),
+]:
+    register_decomposition(getattr(torch.ops.hra, _name).default)(_plain)
+
+
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
 def wants_plain_ops() -> bool:
-    """Where an autograd.Function cannot be: torch.func transforms, forward-mode AD."""
+    """Where an autograd.Function cannot be: torch.func transforms, forward-mode AD. Or an operator of ours: ONNX."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return _traced_to_onnx()
+
+
+def _traced_to_onnx() -> bool:
+    """In torch.onnx.export(dynamo=False). The other exporter decomposes the operators (see above)."""
+    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
 
 
 def differentiable_backward(
@@ -167,9 +184,15 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
 
 
+def _gradient_rows(dy: Tensor) -> Tensor:
+    # while compiling, PyTorch 2.6 knows no strides of a gradient
+    return dy.contiguous() if torch.compiler.is_compiling() else _rows(dy)
+
+
 def _plain_chain_factor(us: Sequence[Tensor], apply_gs: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """`chain_factor` in differentiable plain PyTorch."""
-    return join_factors([reference.wy_factor(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
+    wy_factor = reference.portable_factor if _traced_to_onnx() else reference.wy_factor
+    return join_factors([wy_factor(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
 class _Reflect(torch.autograd.Function):
@@ -188,12 +211,12 @@ class _Reflect(torch.autograd.Function):
         if not x_and_p:
             if wants_graph():
                 return reflect(dy, v, t, not ctx.transpose), None, None, None
-            return torch.ops.hra.reflect_dx(_rows(dy), v, t, ctx.transpose), None, None, None
+            return torch.ops.hra.reflect_dx(_gradient_rows(dy), v, t, ctx.transpose), None, None, None
         x, p = x_and_p
         if wants_graph():
             plain = lambda x, v, t: reference.reflect_fwd(x, v, t, ctx.transpose)[:1]  # noqa: E731
             return *differentiable_backward(plain, (x, v, t), ctx.needs_input_grad[:3], (dy,)), None
-        dy = _rows(dy)
+        dy = _gradient_rows(dy)
         dx, dv, dt = torch.ops.hra.reflect_bwd(dy, x, v, t, p, ctx.transpose)
         return dx if need_dx else None, dv if need_dv else None, dt if need_dt else None, None
 

@@ -168,10 +168,10 @@ def _chain_factor(u: Tensor) -> tuple[Tensor, Tensor]:
 def _gram_schmidt_cholesky(hat: Tensor) -> tuple[Tensor, Tensor]:
     """(l⁻¹, kept): v = l⁻¹ ûᵀ has orthonormal rows where kept, zero rows elsewhere; l is Cholesky of ûᵀû."""
     rows = hat.double()
-    g = rows @ rows.mT
+    g = rows @ rows.transpose(0, 1)
     rank = g.shape[0]
     identity = torch.eye(rank, dtype=g.dtype, device=g.device)
-    inverse = g.new_zeros(0, rank)
+    inverse = torch.zeros_like(g)
     kept = []
     for j in range(rank):
         # the combination of the first j + 1 columns that is orthogonal to the first j
@@ -179,7 +179,7 @@ def _gram_schmidt_cholesky(hat: Tensor) -> tuple[Tensor, Tensor]:
         residual = g[j, j] - overlap.square().sum()
         keep = ~(residual <= GS_RTOL**2 * g[j, j])  # a NaN is kept, so that it shows
         row = torch.where(keep, (identity[j] - overlap @ inverse) * torch.where(keep, residual, 1).rsqrt(), 0)
-        inverse = torch.cat([inverse, row[None]])
+        inverse = torch.where(identity[:, j : j + 1] > 0, row, inverse)
         kept.append(keep)
     return inverse, torch.stack(kept) if kept else g.new_zeros(0, dtype=torch.bool)
 
@@ -201,6 +201,35 @@ def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
     hat, _, _ = _scaled_rows(u)
     inverse, kept = _gram_schmidt_cholesky(hat)
     return (inverse @ hat.double()).to(hat.dtype), torch.diag(2 * kept.to(hat.dtype))
+
+
+def portable_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
+    """`wy_factor` in the operators of other runtimes, for graphs that leave PyTorch (ONNX has no frexp and no float's bits).
+
+    The same Q = I - vᵀ t v in another basis: v are unit columns, not pairs, so that Q is exact to rounding only, where
+    it is the identity too. t grows over blocks of 1, 2, 4, ... columns: [[a, -a g d], [0, d]] from its blocks a and d.
+    """
+    rows = u.transpose(0, 1).to(factor_dtype(u.dtype)).contiguous()
+    largest = rows.abs().amax(1, keepdim=True)
+    scaled = rows / torch.where(largest > 0, largest, 1.0)
+    length = scaled.square().sum(1, keepdim=True).sqrt()
+    zero = length * largest < torch.finfo(rows.dtype).tiny * 2.0**20  # as in `_norm_exponent`; a NaN is none and shows
+    v = torch.where(zero, 0.0, scaled / torch.where(zero, 1.0, length))
+    if apply_gs:
+        inverse, kept = _gram_schmidt_cholesky(v)
+        v, zero = (inverse @ v.double()).to(v.dtype), ~kept[:, None]
+    column = torch.arange(v.shape[0], device=u.device)
+    t = torch.where(zero | (column[:, None] != column), 0.0, 2.0).to(v.dtype)
+    if apply_gs:
+        return v, t
+    g = torch.triu(v @ v.transpose(0, 1), 1)
+    size = 1
+    while size < v.shape[0]:
+        block, pair = column // size, column // (2 * size)
+        above = (pair[:, None] == pair) & (block[:, None] != block)
+        t = t - t @ torch.where(above, g, 0.0) @ t
+        size *= 2
+    return v, t
 
 
 def wy_factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool = False) -> Tensor:
@@ -250,8 +279,8 @@ def reflect_fwd(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> tup
 
     Leading dimensions that x, v and t share are a batch, as in `torch.matmul`; `reflect_bwd` likewise.
     """
-    m = t.mT if transpose else t
-    p = x.to(v.dtype) @ v.mT
+    m = t.transpose(-2, -1) if transpose else t  # not mT: the TorchScript exporter to ONNX does not know it
+    p = x.to(v.dtype) @ v.transpose(-2, -1)
     return (x.to(v.dtype) - (p @ m) @ v).to(x.dtype), p
 
 

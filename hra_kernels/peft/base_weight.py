@@ -10,7 +10,7 @@ And where a weight is between two forwards: accelerate keeps it elsewhere (`cpu_
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,12 +37,14 @@ def is_offloaded(module: nn.Module) -> bool:
     return getattr(getattr(module, "_hf_hook", None), "offload", False)
 
 
-@contextmanager
-def loaded(module: nn.Module) -> Iterator[None]:
+def loaded(module: nn.Module) -> AbstractContextManager[None]:
     """The module's own parameters in memory; they go back afterwards. For use of parameters outside a forward."""
-    if not is_offloaded(module):
-        yield
-        return
+    # no generator where nothing is to be done: PyTorch 2.6 cannot trace one
+    return _loaded(module) if is_offloaded(module) else nullcontext()
+
+
+@contextmanager
+def _loaded(module: nn.Module) -> Iterator[None]:
     module._hf_hook.pre_forward(module)
     try:
         yield

@@ -99,5 +99,5 @@ def runs_own_code(base: nn.Module) -> bool:
     plain = next(plain for plain in _PLAIN if isinstance(base, plain))
     if kind.forward is not plain.forward or kind._conv_forward is not plain._conv_forward:
         return True
-    replaced = "forward" in vars(base) and not hasattr(base, "_hf_hook")
+    replaced = "forward" in base.__dict__ and not hasattr(base, "_hf_hook")
     return replaced or bool(base._forward_hooks or base._forward_pre_hooks)

@@ -24,6 +24,7 @@ from hra_kernels.peft.embedding import HRAEmbedding
 from hra_kernels.peft.experts import ParamWrapper
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.linear import HRALinear
+from hra_kernels.peft.names import plain_name
 from hra_kernels.peft.sharded import whole_vectors
 
 _PREFIX = "base_model.model."
@@ -50,7 +51,7 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
         NotImplementedError: a convolution or an embedding whose weight is not plain floating point, or that PEFT's LoRA
             layers would run differently: dilation, padding modes, forwards of their own.
     """
-    names = [name for name in adapter_names if name in layer.hra_u]
+    names = [name for name in adapter_names if name in layer.hra_r]
     if not names:
         raise ValueError(
             f"{layer.describe()}: expected one of {list(layer.hra_u)} to export, got {list(adapter_names)}"
@@ -146,7 +147,7 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
     """The LoRA adapter (configuration and tensors) that equals HRA adapters of a model.
 
     Args:
-        model: a PEFT model with layers built after `hra_kernels.peft.enable()`.
+        model: a PEFT model with layers built after `hra_kernels.peft.enable()`; compiled or not, as its blocks.
         adapter_names: which adapters, applied in this order; by default the active ones.
 
     Returns:
@@ -157,6 +158,7 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
         TypeError: the model is not a PEFT model, or has no layer of this package.
         ValueError: unknown adapter, merged layer, value not finite, or several adapters that carry other weights.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile(model)
     if not isinstance(model, PeftModel):
         raise TypeError(f"lora_state: model must be a PeftModel, got {type(model).__name__}")
     names = list(adapter_names) if adapter_names is not None else list(model.active_adapters)
@@ -165,9 +167,9 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
         raise ValueError(f"lora_state: adapters must be among {list(model.peft_config)}, got {names}")
     configs = [model.peft_config[name] for name in names]
     layers = {
-        name.removeprefix(_PREFIX): module
+        plain_name(name).removeprefix(_PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, ReflectionLayer) and any(adapter in module.hra_u for adapter in names)
+        if isinstance(module, ReflectionLayer) and any(adapter in module.hra_r for adapter in names)
     }
     if not layers:
         raise TypeError("lora_state: no layer of hra_kernels found; call hra_kernels.peft.enable() before loading")
@@ -176,7 +178,7 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
     state: dict[str, Tensor] = {}
     if len(names) == 1:
         whole = get_peft_model_state_dict(model, adapter_name=names[0])
-        state = {key: tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}
+        state = {plain_name(key): tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}
     ranks = {}
     for name, layer in layers.items():
         a, b = lora_factors(layer, names)

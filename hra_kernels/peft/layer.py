@@ -151,8 +151,8 @@ class ReflectionLayer(nn.Module, HRALayer):
         if self.disable_adapters or self.merged:
             return []
         if adapter_names is not None:
-            return [name for name in self.hra_u if name in adapter_names]
-        return [name for name in self.active_adapters if name in self.hra_u]
+            return [name for name in self.hra_r if name in adapter_names]
+        return [name for name in self.active_adapters if name in self.hra_r]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer with the active adapters' reflections in its weight.
@@ -240,7 +240,7 @@ class ReflectionLayer(nn.Module, HRALayer):
             ValueError: `hra_u` or the merged weight is not finite; the weight is left as it was.
             NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hra_u]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hra_r]
         if names:
             self.require_mergeable(names)
             self._merged = merge.merge(self.readable_weight(), names, *self.chain(names), self._merged)

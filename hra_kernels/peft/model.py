@@ -9,7 +9,7 @@ import torch
 from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from peft.tuners.hra.model import HRAModel as PeftHRAModel
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +22,7 @@ from hra_kernels.peft.experts import wrap_parameter
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.linear import HRALinear, HRAQuantizedLinear
 from hra_kernels.peft.merge import shared_parameters
+from hra_kernels.peft.names import plain_name
 from hra_kernels.peft.sharded import give_back_gathered_weights
 from hra_kernels.peft.weighted import add_weighted_adapter
 
@@ -114,6 +115,18 @@ class HRAModel(PeftHRAModel):
             kwargs["config"] = hra_config
         return kind(target, adapter_name, **kwargs)
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT's, which calls it for each key of a file, with the names of a model whose blocks are not compiled."""
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any) -> dict:
+        """As PEFT's, with trained biases (not of the adapter: passed through) under their names in this model, too."""
+        state_dict = super()._remap_adapter_state_dict_for_load(model=model, state_dict=state_dict, **kwargs)
+        names = {plain_name(name): name for name in model.state_dict()}
+        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
+
     def _refill_factors(self) -> None:
         """Once after an optimizer's step: factors of one shape together, where that saves launches (`refill`)."""
         if torch.compiler.is_compiling() or self._refilled_after == optimizer_steps():
@@ -174,7 +187,7 @@ class HRAModel(PeftHRAModel):
         give_back_gathered_weights(self.model)
         for layer in self._layers():
             names = layer.active_adapters if adapter_names is None else adapter_names
-            names = [name for name in names if name in layer.hra_u and name not in layer.merged_adapters]
+            names = [name for name in names if name in layer.hra_r and name not in layer.merged_adapters]
             if names and not layer.is_loaded_to_merge():
                 layer.require_mergeable(names, safe_merge)
 

@@ -109,7 +109,7 @@ def _check(model: HRAModel, adapters: Sequence[str], weights: Sequence[float], n
 def _combined(layer: HRALayer, where: str, adapters: Sequence[str], weights: Sequence[float], rank: int) -> Tensor:
     columns = []
     for adapter, weight in zip(adapters, weights, strict=True):
-        if adapter in layer.hra_u:
+        if adapter in layer.hra_r:
             try:
                 columns.append(chain_power(layer.hra_u[adapter], layer.hra_apply_GS[adapter], weight))
             except ValueError as error:
@@ -128,7 +128,7 @@ def add_weighted_adapter(
     combined = {
         name: _combined(layer, name, adapters, weights, rank)
         for name, layer in layers.items()
-        if any(adapter in layer.hra_u for adapter in adapters)
+        if any(adapter in layer.hra_r for adapter in adapters)
     }
     fields: dict[str, Any] = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
     model.peft_config[adapter_name] = dataclasses.replace(
@@ -142,7 +142,7 @@ def add_weighted_adapter(
             layer.delete_adapter(adapter_name)
         raise
     for name, layer in layers.items():
-        if adapter_name in layer.hra_u:  # a target's name can be the end of another layer's, which has no part in it
+        if adapter_name in layer.hra_r:  # a target's name can be the end of another layer's, which has no part in it
             fresh = layer.hra_u[adapter_name]
             columns = combined[name] if name in combined else _padded(fresh.detach()[:, :0], rank)
             layer.hra_u[adapter_name] = nn.Parameter(columns.to(fresh.device), requires_grad=False)
