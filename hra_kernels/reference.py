@@ -204,7 +204,7 @@ def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def portable_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
-    """`wy_factor` in operators of other runtimes, for graphs that leave PyTorch (ONNX has no frexp and no float's bits).
+    """`wy_factor` in operators of other runtimes, for graphs that leave PyTorch (ONNX has no frexp, no bits of floats).
 
     The same Q = I - vᵀ t v in another basis: v are unit columns, not pairs, so that Q is exact to rounding only, where
     it is the identity too. t grows over blocks of 1, 2, 4, ... columns: [[a, -a g d], [0, d]] from its blocks a and d.
