@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("peft", reason="the recipes need hra-kernels[train]")
 pytest.importorskip("rich", reason="the recipes need hra-kernels[train]")
 
-from hra_kernels import cli, ops
+from hra_kernels import backends, cli
 from hra_kernels.recipes import RecipeError, nlu
 from hra_kernels.recipes.saving import written_whole
 from tests.recipes.tiny import save_base, save_sentences
@@ -174,5 +174,5 @@ def test_data_that_is_no_table(job, tmp_path, capsys):
 
 
 def test_a_backend_that_does_not_exist(job, monkeypatch, capsys):
-    monkeypatch.setattr(ops, "_forced", "gpu")
+    monkeypatch.setattr(backends, "_forced", "gpu")
     assert "backend: expected one of reference, cpu" in said(capsys, job, 2)
