@@ -204,32 +204,33 @@ def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def portable_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
-    """`wy_factor` in operators of other runtimes, for graphs that leave PyTorch (ONNX has no frexp, no bits of floats).
+    """`wy_factor` in operators that other runtimes have, for graphs that leave PyTorch: ONNX knows no frexp.
 
     The same Q = I - vᵀ t v in another basis: v are unit columns, not pairs, so that Q is exact to rounding only, where
     it is the identity too. t grows over blocks of 1, 2, 4, ... columns: [[a, -a g d], [0, d]] from its blocks a and d.
     """
-    rows = u.transpose(0, 1).to(factor_dtype(u.dtype)).contiguous()
+    dtype = factor_dtype(u.dtype)
+    rows = u.transpose(0, 1).double()
     largest = rows.abs().amax(1, keepdim=True)
-    scaled = rows / torch.where(largest > 0, largest, 1.0)
-    length = scaled.square().sum(1, keepdim=True).sqrt()
-    zero = length * largest < torch.finfo(rows.dtype).tiny * 2.0**20  # as in `_norm_exponent`; a NaN is none and shows
-    v = torch.where(zero, 0.0, scaled / torch.where(zero, 1.0, length))
+    rows = rows / torch.where(largest > 0, largest, 1.0)
+    length = rows.square().sum(1, keepdim=True).sqrt()
+    zero = length * largest < torch.finfo(dtype).tiny * 2.0**20  # as in `_norm_exponent`; a NaN is none, so it shows
+    rows = torch.where(zero, 0.0, rows / torch.where(zero, 1.0, length))
+    column = torch.arange(rows.shape[0], device=u.device)
+    diagonal = column[:, None] == column
     if apply_gs:
-        inverse, kept = _gram_schmidt_cholesky(v)
-        v, zero = (inverse @ v.double()).to(v.dtype), ~kept[:, None]
-    column = torch.arange(v.shape[0], device=u.device)
-    t = torch.where(zero | (column[:, None] != column), 0.0, 2.0).to(v.dtype)
-    if apply_gs:
-        return v, t
-    g = torch.triu(v @ v.transpose(0, 1), 1)
+        inverse, kept = _gram_schmidt_cholesky(rows)
+        return (inverse @ rows).to(dtype).contiguous(), torch.where(kept[:, None] & diagonal, 2.0, 0.0).to(dtype)
+    v = rows.to(dtype).contiguous()
+    g = v.double() @ v.double().transpose(0, 1)  # of v as rounded: then t makes the product orthogonal
+    t = torch.where(zero | ~diagonal, 0.0, 2 / torch.where(zero, 1.0, g))
     size = 1
-    while size < v.shape[0]:
+    while size < rows.shape[0]:
         block, pair = column // size, column // (2 * size)
-        above = (pair[:, None] == pair) & (block[:, None] != block)
+        above = (pair[:, None] == pair) & (block[:, None] < block)
         t = t - t @ torch.where(above, g, 0.0) @ t
         size *= 2
-    return v, t
+    return v, t.to(dtype)
 
 
 def wy_factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool = False) -> Tensor:

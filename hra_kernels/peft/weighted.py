@@ -22,6 +22,7 @@ from peft.tuners.hra.model import HRAModel
 from torch import Tensor, nn
 
 from hra_kernels.factors import factor_dtype
+from hra_kernels.peft.names import plain_name
 from hra_kernels.reference import wy_factor
 
 _HALF_TURN = 1e-4
@@ -141,6 +142,7 @@ def add_weighted_adapter(
         for layer in layers.values():
             layer.delete_adapter(adapter_name)
         raise
+    model.peft_config[adapter_name].target_modules = set(map(plain_name, combined))  # as its file will say
     for name, layer in layers.items():
         if adapter_name in layer.hra_r:  # a target's name can be the end of another layer's, which has no part in it
             fresh = layer.hra_u[adapter_name]
