@@ -162,7 +162,7 @@ class _Watched:
 
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[None]:
-    devices, stream, choose, engine = _Devices(), _Stream(), ops._backend, torch.autograd._engine_run_backward
+    devices, stream, choose, engine = _Devices(), _Stream(), ops.choose, torch.autograd._engine_run_backward
 
     @contextlib.contextmanager
     def capture(graph: _Graph) -> Iterator[None]:
@@ -197,7 +197,7 @@ def pretend_gpu() -> Iterator[None]:
         place = property(lambda tensor: HOST if _is_on_host(tensor) else GPU)
         stack.enter_context(mock.patch.object(Tensor, "device", place))
         stack.enter_context(mock.patch.object(Tensor, "is_cuda", property(lambda tensor: not _is_on_host(tensor))))
-        stack.enter_context(mock.patch.object(ops, "_backend", lambda *key: _Watched(choose(*key), devices)))
+        stack.enter_context(mock.patch.object(ops, "choose", lambda *key, **of: _Watched(choose(*key, **of), devices)))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", run_backward))
         stack.enter_context(devices)
         yield
