@@ -1,31 +1,55 @@
 """Keeps a layer's compact WY factor between two changes of its parameters.
 
 A factor depends on parameters alone, so a training step with many micro-batches, or the generation of many tokens,
-needs it once. What counts as a change: another tensor, another version of it (any in-place operation PyTorch sees), a
-step of any `torch.optim.Optimizer` since (some optimizers write through raw pointers, which no version shows), and on a
-CPU any other value (weight averaging and `torch.autograd.gradcheck` write through `.data`). Comparing values would
-stall a GPU: there, code that writes through `.data` outside an optimizer calls `clear()`.
+needs it once. It is validated by what it was computed from, each time it is used:
+
+    on a CPU   by values. The factor is computed from a copy, which is kept and compared: whoever writes, and however,
+               in between or meanwhile, the factor is that of the values that are there when it is asked for.
+    on a GPU   looking at values would stall it. There a factor belongs to a storage, an address, a version and the
+               number of steps that optimizers have made (some write through raw pointers, which no version shows).
+               Storages are held weakly: that keeps no memory, but a storage's name is not given to another one, as an
+               address is. Never the tensors themselves: `torch.utils.swap_tensors` refuses what is referred to weakly.
+
+What no key shows is no reason to keep: parameters that a CUDA graph was captured with (a replay writes to addresses,
+moves no version and runs no hook), and those of a layer whose own hooks may bring them. One thing is left: code that
+writes through `.data` on a GPU, outside an optimizer, a graph and a layer's hooks, calls `forget_factors(model)`.
 """
 
-import weakref
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from hra_kernels.factors import join_factors
 from hra_kernels.ops import chain_factor, factor_in_groups, wants_plain_ops, wy_factor_many
 
+_PLAIN = (Tensor, nn.Parameter)
+
 _optimizer_steps = 0
 
+_captured: set[int] = set()
+"""Addresses of parameters that a CUDA graph was captured with. What comes to lie there later is not kept either."""
 
-def _count_step(*_: object) -> None:
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _values_are_at_hand(us: Sequence[Tensor]) -> bool:
+    return us[0].device.type == "cpu"
+
+
+def _after_step(optimizer: Optimizer, *_: object) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
+    if _capturing():
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        _captured.update(parameter.data_ptr() for parameter in parameters if type(parameter) in _PLAIN)
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_after_step)
 
 
 def optimizer_steps() -> int:
@@ -33,62 +57,75 @@ def optimizer_steps() -> int:
     return _optimizer_steps
 
 
+def forget_factors(model: nn.Module) -> None:
+    """Forget the factors of all layers in `model`, of `hra_kernels.nn` and of `hra_kernels.peft`.
+
+    For code that writes parameters on a GPU where nothing shows it: through `.data`, outside an optimizer's step.
+    `train()`, `eval()` and `load_state_dict()` do the same.
+    """
+    for module in model.modules():
+        if isinstance(module, KeepsFactors):
+            module.forget_factors()
+
+
 class FactorCache:
     """One remembered `chain_factor`. Copies and pickles of it are empty."""
 
+    parameters_come_late: bool = False
+    """Whether something that shows nowhere may write parameters before each use: the owner has hooks (see `get`)."""
+
     def __init__(self) -> None:
-        self._entry: tuple[tuple, list[weakref.ref], list[Tensor], tuple[Tensor, Tensor]] | None = None
+        self._entry: tuple[tuple, list[Tensor], list[StorageWeakRef], tuple[Tensor, Tensor]] | None = None
 
     def get(self, us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(v, t) of `ops.chain_factor` for the present values of us, in `dtype`'s factor dtype; without gradient.
 
         Computed afresh, and not kept, where keeping it would be wrong: while `torch.compile` or `torch.export` traces,
-        while a CUDA graph is captured, and for tensors that carry no version (inference tensors, tensor subclasses).
-        None under `torch.func` and forward-mode AD, whose operators compute their own.
+        while a CUDA graph is captured and ever after, on a GPU where `parameters_come_late`, and for tensors that
+        carry no version (inference tensors, tensor subclasses). None under `torch.func` and forward-mode AD, whose
+        operators compute their own.
         """
         if wants_plain_ops():
             return None
         if not self._may_keep(us):
             return chain_factor(us, apply_gs, dtype)
-        key = self._key(us, apply_gs, dtype)
+        key = _key(us, apply_gs, dtype)
         factor = self._kept(key, us)
         if factor is None:
             with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-                factor = chain_factor(us, apply_gs, dtype)
-                self._keep(key, us, factor)
+                values = _values(us)
+                factor = chain_factor(values or us, apply_gs, dtype)
+                self._keep(key, us, values, factor)
         return factor
 
     def clear(self) -> None:
         """Forget the factor."""
         self._entry = None
 
-    @staticmethod
-    def _key(us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple:
-        device = us[0].device
-        stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
-        values = ((u.data_ptr(), u._version, u.dtype, gs) for u, gs in zip(us, apply_gs, strict=True))
-        return (_optimizer_steps, dtype == torch.float64, stream, *values)
-
-    def _kept(self, key: tuple, us: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        if self._entry is None:
-            return None
-        kept_key, kept_us, values, factor = self._entry
-        if kept_key != key or any(kept() is not u for kept, u in zip(kept_us, us, strict=True)):
-            return None
-        same = all(torch.equal(value, u) for value, u in zip(values, us, strict=False))
-        return factor if same else None
-
-    def _keep(self, key: tuple, us: Sequence[Tensor], factor: tuple[Tensor, Tensor]) -> None:
-        values = [u.detach().clone() for u in us] if us[0].device.type == "cpu" else []
-        self._entry = (key, [weakref.ref(u) for u in us], values, factor)
-
-    @staticmethod
-    def _may_keep(us: Sequence[Tensor]) -> bool:
+    def _may_keep(self, us: Sequence[Tensor]) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        if any(type(u) not in (Tensor, torch.nn.Parameter) or u.is_inference() for u in us):
+        if any(type(u) not in _PLAIN or u.is_inference() for u in us):
             return False
-        return not (us[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        if _values_are_at_hand(us):
+            return True
+        if _capturing():
+            _captured.update(u.data_ptr() for u in us)
+        if self.parameters_come_late or (_captured and any(u.data_ptr() in _captured for u in us)):
+            self.clear()  # its key may fit again, when the hook is gone
+            return False
+        return True
+
+    def _kept(self, key: tuple, us: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+        entry = self._entry
+        if entry is None or entry[0] != key:
+            return None
+        _, values, _, factor = entry
+        return factor if all(torch.equal(value, u) for value, u in zip(values, us, strict=False)) else None
+
+    def _keep(self, key: tuple, us: Sequence[Tensor], values: list[Tensor], factor: tuple[Tensor, Tensor]) -> None:
+        storages = [] if values else [StorageWeakRef(u.untyped_storage()) for u in us]
+        self._entry = (key, values, storages, factor)
 
     def __deepcopy__(self, memo: dict) -> "FactorCache":
         return FactorCache()
@@ -97,33 +134,87 @@ class FactorCache:
         return FactorCache, ()
 
 
+class KeepsFactors(nn.Module):
+    """A layer with a `FactorCache`: when it forgets, and when not to rely on it."""
+
+    _factors: FactorCache
+
+    def forget_factors(self) -> None:
+        """Compute the factor anew in the next forward."""
+        self._factors.clear()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As `nn.Module.train`. Forgets the factor: weights averaged by hand are swapped in around this call."""
+        self.forget_factors()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        self.forget_factors()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def look_for_hooks(self, *modules: nn.Module) -> bool:
+        """Whether a forward pre-hook of the layer, or of `modules` in it, may bring parameters; its cache is told."""
+        if torch.compiler.is_compiling():  # nothing is kept
+            return False
+        late = any(module._forward_pre_hooks for module in (self, *modules))
+        self._factors.parameters_come_late = late
+        return late
+
+
+def _key(us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple:
+    """All that a factor belongs to but values."""
+    wide = dtype == torch.float64
+    if _values_are_at_hand(us):
+        return (wide, *((u.device, u.dtype, gs) for u, gs in zip(us, apply_gs, strict=True)))
+    device = us[0].device
+    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+    places = (
+        (u.untyped_storage()._cdata, u.data_ptr(), u._version, u.dtype, u.shape, u.stride(), gs)
+        for u, gs in zip(us, apply_gs, strict=True)
+    )
+    return (wide, _optimizer_steps, stream, *places)
+
+
+def _values(us: Sequence[Tensor]) -> list[Tensor]:
+    """Copies to compute from and to compare with later; none where comparing would stall a GPU."""
+    return [u.detach().clone() for u in us] if _values_are_at_hand(us) else []
+
+
 def refill(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[bool]]]) -> None:
     """Bring the caches of a model up to date together: factors of one shape come from the launches of one.
 
     Where a backend computes factors in groups (`ops.factor_in_groups`), 200 layers of three shapes cost the launches of
-    three, once an optimizer step; elsewhere each layer is left to compute its own. The backward of a factor stays with
-    its layer: one node for all of them would hold every gradient back to the end, and activation checkpointing could
-    not run a layer's forward again on its own.
+    three, once an optimizer step; elsewhere each layer is left to compute its own, as is one whose vectors are not here
+    yet (partitioned ones are of shape (0,)). The backward of a factor stays with its layer: one node for all of them
+    would hold every gradient back to the end, and activation checkpointing could not run a layer's forward again on
+    its own.
 
     Args:
         layers: for each, its cache and what it will ask `FactorCache.get` for; the dtype is that of its vectors.
+            Not those whose vectors may change before it asks, by a hook.
     """
     if wants_plain_ops():
         return
     stale = []
     for cache, us, apply_gs in layers:
-        if us and cache._may_keep(us) and all(factor_in_groups(u) for u in us):
-            key = cache._key(us, apply_gs, us[0].dtype)
+        if us and cache._may_keep(us) and all(u.dim() == 2 and factor_in_groups(u) for u in us):
+            key = _key(us, apply_gs, us[0].dtype)
             if cache._kept(key, us) is None:
                 stale.append((cache, key, us, apply_gs))
     if len(stale) < 2:
         return
     factors: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
     with torch.inference_mode(False):
+        copies = [_values(us) for _, _, us, _ in stale]
         for gs in (False, True):
-            wanted = {id(u): u for _, _, us, flags in stale for u, flag in zip(us, flags, strict=True) if flag == gs}
+            wanted = {
+                id(u): u
+                for (_, _, us, flags), values in zip(stale, copies, strict=True)
+                for u, flag in zip(values or us, flags, strict=True)
+                if flag == gs
+            }
             found = wy_factor_many(list(wanted.values()), gs)
             factors.update(((name, gs), factor) for name, factor in zip(wanted, found, strict=True))
-        for cache, key, us, apply_gs in stale:
-            parts = [factors[id(u), gs] for u, gs in zip(us, apply_gs, strict=True)]
-            cache._keep(key, us, join_factors(parts))
+        for (cache, key, us, apply_gs), values in zip(stale, copies, strict=True):
+            parts = [factors[id(u), gs] for u, gs in zip(values or us, apply_gs, strict=True)]
+            cache._keep(key, us, values, join_factors(parts))

@@ -5,12 +5,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from hra_kernels.factor_cache import FactorCache
+from hra_kernels.factor_cache import FactorCache, KeepsFactors
 from hra_kernels.factors import factor_dtype
 from hra_kernels.functional import hra_conv2d, hra_linear, hra_weight
 
 
-class _HRALayer(nn.Module):
+class _HRALayer(KeepsFactors):
     def __init__(self, base_layer: nn.Module, r: int, apply_gs: bool, init_weights: bool) -> None:
         super().__init__()
         if not isinstance(r, int) or r < 1:
@@ -37,6 +37,7 @@ class _HRALayer(nn.Module):
                 self.hra_u[:, 1 : 2 * pairs : 2] = self.hra_u[:, 0 : 2 * pairs : 2]
 
     def _chain(self, x: Tensor) -> dict:
+        self.look_for_hooks()
         factor = self._factors.get([self.hra_u], [self.apply_gs], x.dtype)
         return {"apply_gs": self.apply_gs, "factor": factor}
 

@@ -16,14 +16,14 @@ from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_mer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hra_kernels.factor_cache import FactorCache
+from hra_kernels.factor_cache import FactorCache, KeepsFactors
 from hra_kernels.ops import reflect_chain
 from hra_kernels.peft import base_weight, merge
 from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.sharded import is_sharded, whole_vectors
 
 
-class ReflectionLayer(nn.Module, HRALayer):
+class ReflectionLayer(KeepsFactors, HRALayer):
     """A subclass supplies `_vector_shape`, `_adapted_forward`, and `_mixed_forward` if it can.
 
     An nn.Module first, as PEFT's layers are: FSDP2 gives a layer that it wraps another class of the same layout. Where
@@ -98,7 +98,9 @@ class ReflectionLayer(nn.Module, HRALayer):
 
     def chain_to_refill(self) -> tuple[FactorCache, list[Tensor], list[bool]] | None:
         """What the next forward will ask of its cache (`factor_cache.refill`); None where that is not known ahead."""
-        return None if base_weight.is_offloaded(self.hra_u) else (self._factors, *self.chain(self._adapters_to_apply()))
+        if base_weight.is_offloaded(self.hra_u) or self.look_for_hooks(self.hra_u):
+            return None
+        return self._factors, *self.chain(self._adapters_to_apply())
 
     def reset_hra_parameters(self, adapter_name: str) -> None:
         """PEFT's default initialization: pairs of equal columns, so that the layer starts as the base layer.
@@ -130,18 +132,14 @@ class ReflectionLayer(nn.Module, HRALayer):
         """True: a chain of r reflections is exactly a LoRA of rank r. See `hra_kernels.peft.export`."""
         return True
 
-    def train(self, mode: bool = True) -> nn.Module:
-        """As `nn.Module.train`. Forgets the cached factor: weights averaged by hand are swapped in around this call."""
-        self._forget_factors()
-        return super().train(mode)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; the adapter's factors go with it."""
-        self._forget_factors()
+        self.forget_factors()
         super().delete_adapter(adapter_name)
 
-    def _forget_factors(self) -> None:
-        self._factors.clear()
+    def forget_factors(self) -> None:
+        """Compute the factors anew in the next forward, those of a mixed batch too."""
+        super().forget_factors()
         self._mixed_factors = None
 
     # --- forward
@@ -174,6 +172,7 @@ class ReflectionLayer(nn.Module, HRALayer):
         names = self._adapters_to_apply(adapter_names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
+        self.look_for_hooks(self.hra_u)
         with base_weight.loaded(self.hra_u):
             return self._cast_forward(x, names, adapter_names, *args, **kwargs)
 

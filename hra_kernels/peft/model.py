@@ -132,7 +132,19 @@ class HRAModel(PeftHRAModel):
         if torch.compiler.is_compiling() or self._refilled_after == optimizer_steps():
             return
         self._refilled_after = optimizer_steps()
-        refill(filter(None, [layer.chain_to_refill() for layer in self._layers()]))
+        refill(filter(None, [layer.chain_to_refill() for layer in self._layers_that_are_complete()]))
+
+    def _layers_that_are_complete(self) -> Iterator[ReflectionLayer]:
+        """Those whose parameters no forward pre-hook of a module around them can still bring or change."""
+        modules, seen = [self.model], set()
+        while modules:
+            module = modules.pop()
+            if module in seen or module._forward_pre_hooks:
+                continue
+            seen.add(module)
+            if isinstance(module, ReflectionLayer):
+                yield module
+            modules.extend(module.children())
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

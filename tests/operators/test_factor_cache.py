@@ -3,14 +3,16 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import hra_kernels
 from hra_kernels import factor_cache, ops
 from hra_kernels.backends import cpu as cpu_backend
 from hra_kernels.factor_cache import FactorCache
-from hra_kernels.nn import HRALinear
+from hra_kernels.nn import HRAConv2d, HRALinear
 
 
 @pytest.fixture
@@ -96,6 +98,167 @@ def test_clear():
     torch.testing.assert_close(layer(x), layer.merged()(x))
 
 
+def test_a_write_while_the_factor_is_computed_is_seen(monkeypatch):
+    """By another thread, in a server that loads new weights: factor and kept values belong together all the same."""
+    layer, x = layer_and_input()
+    compute = ops.BACKENDS["reference"].wy_factor
+
+    def interrupted(u, apply_gs):
+        factor = compute(u, apply_gs)
+        monkeypatch.setattr(ops.BACKENDS["reference"], "wy_factor", compute)
+        layer.hra_u.data.copy_(torch.randn(16, 4))
+        return factor
+
+    monkeypatch.setattr(ops.BACKENDS["reference"], "wy_factor", interrupted)
+    with ops.use_backend("reference"):
+        layer(x)
+        torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: torch.utils.swap_tensors(layer.hra_u, nn.Parameter(torch.randn(16, 4))),
+        lambda layer: layer.load_state_dict(HRALinear(nn.Linear(16, 8), r=4).state_dict()),
+        lambda layer: layer.double(),
+    ],
+    ids=["swap_tensors", "load_state_dict", "double"],
+)
+@pytest.mark.parametrize("rule", ["values", "on_a_gpu"])
+def test_parameters_are_swapped_in_place(swapping, change, rule, request):
+    if rule == "on_a_gpu":
+        request.getfixturevalue(rule)
+    layer, x = layer_and_input()
+    layer(x)  # leaves no node of the graph behind that holds the parameter, as `swap_tensors` requires
+    change(layer)
+    x = x.to(layer.hra_u.dtype)
+    torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+# --- the rule on a GPU, where no values are compared ------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(factor_cache, "_values_are_at_hand", lambda us: False)
+    monkeypatch.setattr(factor_cache, "_captured", set())
+
+
+def write_unseen(layer):
+    """As a replayed graph or another process's kernel writes: no version moves."""
+    layer.hra_u.data.copy_(torch.randn_like(layer.hra_u))
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "new parameter", "new data", "double", "a step", "in place"])
+def test_a_change_is_seen_without_values(on_a_gpu, change):
+    layer, x = layer_and_input()
+    layer(x)
+    if change == "load_state_dict":
+        layer.load_state_dict(HRALinear(nn.Linear(16, 8), r=4).state_dict())
+    elif change == "new parameter":
+        layer.hra_u = nn.Parameter(torch.randn(16, 4))
+    elif change == "new data":
+        layer.hra_u.data = torch.randn(16, 4)
+    elif change == "double":
+        layer.double()
+    elif change == "a step":
+        layer(x).square().sum().backward()
+        PointerOptimizer([layer.hra_u]).step()
+    else:
+        with torch.inference_mode():
+            layer.hra_u.copy_(torch.randn(16, 4))
+    x = x.to(layer.hra_u.dtype)
+    torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+def test_another_tensor_at_the_address_of_a_freed_one(on_a_gpu):
+    memory = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
+    layer, x = layer_and_input()
+    for _ in range(20):
+        layer.hra_u = nn.Parameter(torch.from_numpy(memory))  # the address and the version of the one before
+        torch.testing.assert_close(layer(x), layer.merged()(x))
+        del layer.hra_u
+        memory[:] = np.random.default_rng(1).standard_normal(memory.shape)
+
+
+def test_the_cache_keeps_no_parameter_alive(on_a_gpu):
+    """A gathered vector may be part of a buffer that holds a whole block's weights."""
+    cache, buffer = FactorCache(), torch.randn(100, 4)
+    storage = torch.multiprocessing.reductions.StorageWeakRef(buffer.untyped_storage())
+    cache.get([buffer[:16]], [False], torch.float32)
+    assert cache._entry is not None
+    del buffer
+    assert storage.expired()
+
+
+@pytest.mark.parametrize("make", [lambda: HRALinear(nn.Linear(16, 8), r=4), lambda: HRAConv2d(nn.Conv2d(4, 8, 2), r=4)])
+@pytest.mark.parametrize(
+    "forget",
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.eval(),
+        lambda layer: layer.load_state_dict({}, strict=False),
+        lambda layer: hra_kernels.forget_factors(nn.Sequential(layer)),
+    ],
+    ids=["train", "eval", "load_state_dict", "forget_factors"],
+)
+def test_what_forgets(on_a_gpu, make, forget):
+    layer = make()
+    x = torch.randn(5, 16) if isinstance(layer, HRALinear) else torch.randn(2, 4, 5, 5)
+    layer(x)
+    write_unseen(layer)
+    forget(layer)
+    torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+def capture(monkeypatch, function):
+    """Run it as `torch.cuda.graph` would."""
+    with monkeypatch.context() as patch:
+        patch.setattr(factor_cache, "_capturing", lambda: True)
+        return function()
+
+
+def test_eager_calls_between_replays_of_a_graph(on_a_gpu, monkeypatch):
+    layer, x = layer_and_input()
+    layer(x)
+    capture(monkeypatch, lambda: layer(x))
+    for _ in range(3):
+        torch.testing.assert_close(layer(x), layer.merged()(x))
+        write_unseen(layer)  # the replay
+    torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+def test_a_graph_of_the_optimizers_step_alone(on_a_gpu, monkeypatch):
+    layer, x = layer_and_input()
+    optimizer = torch.optim.SGD([layer.hra_u], lr=0.1)
+    layer(x).square().sum().backward()
+    capture(monkeypatch, optimizer.step)
+    for _ in range(3):
+        torch.testing.assert_close(layer(x), layer.merged()(x))
+        write_unseen(layer)  # the replay
+    torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+def test_a_hook_that_brings_parameters(on_a_gpu, computed):
+    layer, x = layer_and_input()
+    layer(x)
+    handle = layer.register_forward_pre_hook(lambda module, args: write_unseen(module))
+    for _ in range(3):
+        torch.testing.assert_close(layer(x), layer.merged()(x))
+    handle.remove()
+    del computed[:]
+    for _ in range(3):
+        layer(x)
+    assert len(computed) == 1, "kept again once the hook is gone"
+
+
 def test_copies_and_pickles_are_empty(computed):
     cache, u = FactorCache(), torch.randn(16, 4)
     cache.get([u], [False], u.dtype)
@@ -172,3 +335,76 @@ def test_a_peft_model_refills_once_a_step(computed, batches):
                 y.square().sum().backward()
             assert batches == [(3, 16, 4)] * step and not computed
             optimizer.step()
+
+
+def small_model():
+    """Three adapted layers, the first two of them in a block."""
+    peft = pytest.importorskip("peft")
+    import hra_kernels.peft
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), nn.Linear(16, 16))
+    config = peft.HRAConfig(r=4, target_modules=["0.0", "0.1", "1"], init_weights=False)
+    with hra_kernels.peft.enabled():
+        return peft.get_peft_model(base, config)
+
+
+@pytest.mark.parametrize("hooked", ["layers", "block"])
+def test_parameters_that_arrive_after_the_models_entry(on_a_gpu, batches, hooked):
+    """Gathered after the optimizer's step while the model already runs: by the layer's hook, or its block's."""
+    model = small_model()
+    block, last = model.base_model.model
+    layers = [*block, last]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(5, 16)
+    pending = {}
+
+    def arrive(module, _):
+        for u in module.parameters():
+            if u in pending:
+                u.data.copy_(pending.pop(u))
+
+    for module in layers if hooked == "layers" else [block, last]:
+        module.register_forward_pre_hook(arrive)
+    with ops.use_backend("reference"):
+        for _ in range(2):
+            model(x).square().sum().backward()
+            optimizer.step()
+            pending.update({layer.hra_u["default"]: torch.randn(16, 4) for layer in layers})
+            y = model(x)
+            assert not pending
+            assert torch.equal(y, copy.deepcopy(model)(x)) and torch.equal(model(x), y)
+    assert not batches
+
+
+def test_layers_without_hooks_are_still_refilled_together(on_a_gpu, batches):
+    model = small_model()
+    model.base_model.model[1].register_forward_pre_hook(lambda *_: None)
+    with ops.use_backend("reference"):
+        model(torch.randn(5, 16))
+    assert batches == [(2, 16, 4)]
+
+
+def test_vectors_that_are_partitioned_wait_for_their_gather(batches):
+    """As DeepSpeed ZeRO-3 leaves them between forwards."""
+    us = [torch.randn(16, 4), torch.empty(0), torch.randn(16, 4)]
+    layers = [(FactorCache(), [u], [False]) for u in us]
+    with ops.use_backend("reference"):
+        factor_cache.refill(layers)
+    assert batches == [(2, 16, 4)] and layers[1][0]._entry is None
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_forgets_in_a_peft_model(on_a_gpu, mixed):
+    model = small_model().eval()
+    x = torch.randn(5, 16)
+    named = {"adapter_names": ["default"] * 5} if mixed else {}
+    for forget in (hra_kernels.forget_factors, nn.Module.train, lambda one: one.load_state_dict({}, strict=False)):
+        model.eval()
+        model(x, **named)
+        for name, u in model.named_parameters():
+            if "hra_u" in name:
+                u.data.copy_(torch.randn(16, 4))
+        forget(model)
+        if not mixed or not model.training:
+            torch.testing.assert_close(model(x, **named), copy.deepcopy(model)(x, **named))
