@@ -210,7 +210,7 @@ class _Reflect(torch.autograd.Function):
         need_dx, need_dv, need_dt, _ = ctx.needs_input_grad
         if not x_and_p:
             if wants_graph():
-                return reflect(dy, v, t, not ctx.transpose), None, None, None
+                return _reflect(dy, v, t, not ctx.transpose), None, None, None
             return torch.ops.hra.reflect_dx(_gradient_rows(dy), v, t, ctx.transpose), None, None, None
         x, p = x_and_p
         if wants_graph():
@@ -338,7 +338,7 @@ def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
 
     Args:
         x: (..., D), float32, float64, bfloat16 or float16, on any device. Rows that are not contiguous are copied once.
-        v: (R, D), float32, or float64 for a float64 x.
+        v: (R, D), float32, or float64 for a float64 x; rows of any scale.
         t: (R, R), v's dtype.
 
     Returns:
@@ -348,6 +348,23 @@ def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool = False) -> Tensor:
         TypeError, ValueError: dtype, shape or device does not fit.
     """
     checks.check_factor("reflect", "x", x, v, t)
+    if x.dtype == torch.float16 and v.numel() and not wants_plain_ops():
+        v, t = _near_one(v, t)
+    return _reflect(x, v, t, transpose)
+
+
+def _near_one(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The same reflections with the rows of v scaled, exactly, so that their largest entries are in [0.5, 1).
+
+    Where float16 meets v, kernels multiply in float16, which ends at 65504. Factors of `wy_factor` are near one as
+    they are. Nothing waits for the device.
+    """
+    exponent = torch.frexp(v.detach().abs().amax(1)).exponent
+    scale = torch.ldexp(v.new_ones(v.shape[0]), exponent)
+    return v / scale[:, None], scale[:, None] * t * scale
+
+
+def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:
     rows = _rows(x)
     if wants_plain_ops():
         y = reference.reflect_fwd(rows, v, t, transpose)[0]
@@ -376,4 +393,6 @@ def reflect_chain(
     Returns:
         (..., D) in x's dtype.
     """
-    return reflect(x, *attach_factor(in_factor_dtype(us, x.dtype), apply_gs, factor), transpose)
+    v, t = attach_factor(in_factor_dtype(us, x.dtype), apply_gs, factor)
+    checks.check_factor("reflect_chain", "x", x, v, t)
+    return _reflect(x, v, t, transpose)

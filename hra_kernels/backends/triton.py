@@ -139,7 +139,7 @@ def _product(c: Tensor, a: Tensor, b: Tensor, splits: int, alpha: float, strides
     (rows, inner), cols = a.shape, b.shape[1]
     block = PRODUCT_CONFIG.block_m
     block_k = PRODUCT_CONFIG.block_d
-    _kernels().product_kernel[(_cdiv(cols, block), _cdiv(rows, block), splits)](
+    _kernels().product_kernel[(_cdiv(cols, block) * _cdiv(rows, block), splits)](
         c_ptr=c, a_ptr=a, b_ptr=b, rows=rows, cols=cols, inner=inner,
         inner_per_split=_cdiv(_cdiv(inner, splits), block_k) * block_k,
         stride_ci=strides[0], stride_cj=strides[1], stride_ai=a.stride(0), stride_ak=a.stride(1),
@@ -154,7 +154,7 @@ def _project(p: Tensor, x: Tensor, v: Tensor, mode: dict) -> None:
     R = v.shape[0]
     _launch(
         _kernels().project_kernel, "project",
-        lambda config: (_cdiv(R, mode["BLOCK_R"]), _cdiv(M, config.block_m)), x, mode,
+        lambda config: (_cdiv(R, mode["BLOCK_R"]) * _cdiv(M, config.block_m),), x, mode,
         p_ptr=p, x_ptr=x, v_ptr=v, M=M, D=D, R=R, stride_xm=x.stride(0), V_SCALE=_v_scale(x.dtype),
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def _combine(y: Tensor, x: Tensor, s: Tensor, v: Tensor, mode: dict) -> None:
     M, D = x.shape
     _launch(
         _kernels().combine_kernel, "combine",
-        lambda config: (_cdiv(D, config.block_d), _cdiv(M, config.block_m)), x, mode,
+        lambda config: (_cdiv(D, config.block_d) * _cdiv(M, config.block_m),), x, mode,
         y_ptr=y, x_ptr=x, s_ptr=s, v_ptr=v, M=M, D=D, R=v.shape[0], stride_ym=y.stride(0), stride_xm=x.stride(0),
     )  # fmt: skip
 
@@ -393,7 +393,7 @@ class TritonBackend(Backend):
         return _factor_bwd(dv, dt, u, v, t, apply_gs)
 
     def reflect_fwd(self, x: Tensor, v: Tensor, t: Tensor, transpose: bool) -> tuple[Tensor, Tensor]:
-        """With a float16 x, entries of v must be below 128 in size, as `wy_factor` returns them."""
+        """With a float16 x, entries of v must be below 128 in size: `wy_factor` returns such, `ops.reflect` scales."""
         return _reflect(x, v, t, transpose, need_p=True)
 
     def reflect_dx(self, dy: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:

@@ -156,8 +156,11 @@ def project_kernel(
     V_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """p = x vᵀ for R > BLOCK_R: one program for BLOCK_R of the columns."""
-    r0 = tl.program_id(0) * BLOCK_R  # the faster axis, so that the other columns' programs find x in L2
-    pid_m = tl.program_id(1).to(tl.int64)
+    # one axis for all programs: a grid's others end at 65535, which rows exceed. Columns are the faster index, so that
+    # the other columns' programs find x in L2
+    num_r = tl.cdiv(R, BLOCK_R)
+    r0 = tl.program_id(0) % num_r * BLOCK_R
+    pid_m = (tl.program_id(0) // num_r).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     offs_r, mask_r, is_hi = _rank_offsets(R - r0, BLOCK_R, SPLIT)
@@ -287,10 +290,11 @@ def combine_kernel(
     SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x - s v for R > BLOCK_R."""
-    pid_m = tl.program_id(1).to(tl.int64)
+    num_d = tl.cdiv(D, BLOCK_D)  # one axis for all programs, as in `project_kernel`
+    pid_m = (tl.program_id(0) // num_d).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = tl.program_id(0) % num_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for r0 in range(0, R, BLOCK_R):
@@ -313,9 +317,10 @@ def product_kernel(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """c = alpha a b, each split of the inner axis on its own: p m, q mᵀ and pᵀ q for R > BLOCK_R."""
-    split = tl.program_id(2).to(tl.int64)
-    offs_i = tl.program_id(1).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
-    offs_j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    split = tl.program_id(1).to(tl.int64)
+    num_j = tl.cdiv(cols, BLOCK_J)  # one axis for all tiles, as in `project_kernel`
+    offs_i = (tl.program_id(0) // num_j).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
+    offs_j = tl.program_id(0) % num_j * BLOCK_J + tl.arange(0, BLOCK_J)
     mask_i = offs_i < rows
     mask_j = offs_j < cols
     acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)

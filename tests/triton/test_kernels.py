@@ -227,6 +227,54 @@ def test_shipped_tiles(line, shipped_tiles, monkeypatch):
     assert_accurate(reflect_all(TRITON, x, dy, v, t, False), naive_results, exact, dtype, R)
 
 
+@pytest.mark.parametrize("M", [4_194_241, 2**28])
+@pytest.mark.parametrize("R", [8, 33, 65, 256])
+def test_a_grid_holds_any_number_of_rows(M, R, shipped_tiles, monkeypatch):
+    """A GPU's grid ends at 65535 on all axes but the first; the interpreter has no limit. Nothing is launched."""
+    grids = {}
+
+    class Recorded:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            grids[self.name] = grid
+            return lambda **_: None
+
+    for name in list(vars(triton_kernels)):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(triton_kernels, name, Recorded(name))
+    for dtype in KERNEL_DTYPES:
+        x, dy = (torch.empty(M, 4608, dtype=dtype, device="meta") for _ in range(2))
+        v, t = (torch.empty(R, columns, device="meta") for columns in (4608, R))
+        reflect_all(TRITON, x, dy, v, t, True)
+    assert len(grids) >= (4 if R < 65 else 5), grids
+    for name, grid in grids.items():
+        for size, most in zip(grid, (2**31 - 1, 65535, 65535), strict=False):
+            assert 1 <= size <= most, (name, grid)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e5, 1e12])
+@pytest.mark.parametrize("R", [7, 19])
+def test_float16_holds_any_scale_of_v(R, scale):
+    """Rows of v far beyond float16, each at a scale of its own, as `ops.reflect` may be given them."""
+    x, dy, v, t = reflect_inputs(65, 100, R, torch.float16)
+    scales = scale ** torch.linspace(0, 1, R)
+    scaled_v, scaled_t = (tensor.requires_grad_() for tensor in (scales[:, None] * v, t / scales[:, None] / scales))
+    leaf = x.clone().requires_grad_()
+    y = ops.reflect(leaf, scaled_v, scaled_t, True)
+    y.backward(dy)
+    got = {"y": y.detach(), "dx": leaf.grad, "dv": scaled_v.grad, "dt": scaled_t.grad}
+    with torch.no_grad():
+        naive_results, exact = reflect_bounds(x, dy, v, t, True)
+        exact = reflect_all(reference, *(tensor.double() for tensor in (x, dy, scaled_v, scaled_t)), True)
+    naive_results["dv"] = naive_results["dv"] / scales[:, None]
+    naive_results["dt"] = naive_results["dt"] * scales[:, None] * scales
+    for results in (naive_results, exact):
+        del results["p"]
+    assert_accurate(got, naive_results, exact, torch.float16, R)
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e5])
 @pytest.mark.parametrize("R", [7, 19])
 def test_float16_holds_any_scale_of_t(R, scale):
