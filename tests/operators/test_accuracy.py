@@ -171,6 +171,29 @@ def test_empty(on_backend, shape, device, dtype):
     assert got["du"].shape == (D, R) and not got["du"].any()
 
 
+EMPTY_VIEWS = {
+    "columns apart": lambda: torch.randn(6, 10).T[10:],
+    "every other": lambda: torch.randn(0, 12)[:, ::2],
+    "expanded": lambda: torch.randn(1, 6).expand(3, 1, 6)[:, 1:],
+    "permuted": lambda: torch.randn(6, 3, 0).permute(1, 2, 0),
+    "any": lambda: torch.empty_strided((0, 6), (7, 5)),
+}
+
+
+@pytest.mark.parametrize("view", EMPTY_VIEWS.values(), ids=EMPTY_VIEWS)
+def test_an_empty_batch_has_any_strides(on_backend, device, view):
+    """As the last slice of a loop over chunks, or the gradient of one: nothing to read, so nothing to refuse."""
+    if ops.BACKENDS[on_backend].why_unsupported(device, torch.float32, 2):
+        pytest.skip("float32 is not served")
+    u = torch.ones(6, 2, device=device, requires_grad=True)
+    for x, dy in ((view(), torch.empty(view().shape)), (torch.empty(view().shape), view())):
+        x = x.to(device).requires_grad_()
+        y = ops.reflect_chain(x, [u], [False])
+        y.backward(dy.to(device))
+        assert y.shape == x.grad.shape == x.shape and not u.grad.any()
+        assert ops.reflect_chain(x.detach(), [u.detach()], [False]).shape == x.shape
+
+
 @EVERY_BACKEND
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["x", "u"])
