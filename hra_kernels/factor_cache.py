@@ -34,7 +34,7 @@ _captured: set[int] = set()
 
 
 def _capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _values_are_at_hand(us: Sequence[Tensor]) -> bool:

@@ -68,8 +68,15 @@ def choose(
         width: D of the tensors; None asks about some D.
         factor: the backend for the factor of such vectors u instead.
     """
-    _require_available(_forced)
-    for name in _PREFERRED.get(device.type, ()) if _forced is None else (_forced,):
+    return _chosen(_forced, device, dtype, rank, width, factor)
+
+
+@functools.cache  # three times in a layer's forward and backward; what a machine has does not change
+def _chosen(
+    forced: str | None, device: torch.device, dtype: torch.dtype, rank: int, width: int | None, factor: bool
+) -> Backend:
+    _require_available(forced)
+    for name in _PREFERRED.get(device.type, ()) if forced is None else (forced,):
         backend = BACKENDS[name]
         missing = backend.why_unavailable()
         if missing:
@@ -81,8 +88,8 @@ def choose(
             reason = backend.why_unsupported(device, dtype, rank, width)
         if not reason:
             return backend
-    if _forced is not None:
-        raise RuntimeError(f"backend {_forced!r} was asked for and cannot serve this call: {reason}")
+    if forced is not None:
+        raise RuntimeError(f"backend {forced!r} was asked for and cannot serve this call: {reason}")
     return reference.BACKEND
 
 

@@ -46,7 +46,14 @@ def test_a_module_that_does_not_load_is_not_called_missing(monkeypatch):
     )  # fmt: skip
 
 
-def test_operators_run_on_the_reference_and_warn_once(monkeypatch):
+@pytest.fixture
+def chosen_anew():
+    backends._chosen.cache_clear()
+    yield
+    backends._chosen.cache_clear()
+
+
+def test_operators_run_on_the_reference_and_warn_once(chosen_anew, monkeypatch):
     monkeypatch.setattr(cpu.BACKEND, "why_unavailable", lambda: "it was left out")
     monkeypatch.setattr(backends, "_forced", None)
     backends._warn_of_missing.cache_clear()
