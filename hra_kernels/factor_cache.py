@@ -12,7 +12,8 @@ needs it once. It is validated by what it was computed from, each time it is use
 
 What no key shows is no reason to keep: parameters that a CUDA graph was captured with (a replay writes to addresses,
 moves no version and runs no hook), and those of a layer whose own hooks may bring them. One thing is left: code that
-writes through `.data` on a GPU, outside an optimizer, a graph and a layer's hooks, calls `forget_factors(model)`.
+writes through `.data` on a GPU, or into shards that are gathered later, outside an optimizer, a graph and a layer's
+hooks, calls `forget_factors(model)`.
 """
 
 from collections.abc import Iterable, Sequence
