@@ -154,6 +154,13 @@ class ReflectionLayer(nn.Module, HRALayer):
         self._forget_factors()
         return super().train(mode)
 
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give one adapter the vectors of another, bit for bit; both are on the layer, with one configuration."""
+        before = self.hra_u[target]
+        if source in self.hra_r and not before.is_meta:
+            copied = self.hra_u[source].detach().clone()
+            self.hra_u[target] = nn.Parameter(copied, requires_grad=before.requires_grad)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; the adapter's factors go with it."""
         self._forget_factors()
