@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
+import transformers
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 import hra_kernels.peft
+from hra_kernels.peft.export import export_lora
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.powers import chain_power
 from hra_kernels.testing.tolerance import rounding
@@ -250,3 +252,140 @@ def test_a_name_for_one_adapter_more(adapted_unet):
     from diffusers.utils import get_adapter_name
 
     assert get_adapter_name(adapted_unet) == "default_1"
+
+
+# --- exports for Diffusers' loaders -----------------------------------------------------------------------------------
+
+
+def text_encoder():
+    settings = transformers.CLIPTextConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    return seeded(lambda: transformers.CLIPTextModel(settings)).eval()
+
+
+def pipeline(unet_, text_encoder_):
+    diffusers = pytest.importorskip("diffusers")
+    vae = seeded(lambda: diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=3)).eval()
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder_, tokenizer=None, unet=unet_, scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def images(pipe):
+    prompt = pipe.text_encoder(torch.tensor([[0, 5, 6, 7, 1]]))[0]
+    return pipe(
+        prompt_embeds=prompt, negative_prompt_embeds=torch.zeros_like(prompt), num_inference_steps=3, height=8, width=8,
+        latents=seeded(lambda: torch.randn(1, 3, 8, 8)), output_type="pt",
+    ).images  # fmt: skip
+
+
+TEXT_TARGETS = ["q_proj", "v_proj", "fc1"]
+IMAGES = 1e-5
+
+
+def adapted_models():
+    model, text = unet(), text_encoder()
+    seeded(lambda: model.add_adapter(config(targets=UNET_TARGETS), "a"), 1)
+    seeded(lambda: text.add_adapter(config(targets=TEXT_TARGETS, r=3), "a"), 3)
+    return model.eval(), text.eval()
+
+
+def test_a_pipeline_loads_the_export(tmp_path):
+    model, text = adapted_models()
+    expected = images(pipeline(model, text))
+    export_lora({"unet": model, "text_encoder": text}, tmp_path, format="diffusers")
+    fresh = pipeline(unet(), text_encoder())
+    assert (images(fresh) - expected).abs().max() > 1e3 * IMAGES
+    fresh.load_lora_weights(tmp_path)
+    assert (images(fresh) - expected).abs().max() < IMAGES
+
+
+def test_a_pipeline_loads_one_component_after_the_other(tmp_path):
+    model, text = adapted_models()
+    expected = images(pipeline(model, text))
+    fresh = pipeline(unet(), text_encoder())
+    for name, one in (("u", model), ("t", text)):
+        export_lora(one, tmp_path / name, format="diffusers")
+        fresh.load_lora_weights(tmp_path / name, adapter_name=name)
+    fresh.set_adapters(["u", "t"])
+    assert (images(fresh) - expected).abs().max() < IMAGES
+
+
+def test_ranks_differ(tmp_path, image):
+    model = unet()
+    seeded(lambda: model.add_adapter(config(targets=UNET_TARGETS), "a"), 1)
+    seeded(lambda: model.add_adapter(config(targets=["conv_in", "down_blocks.0.resnets.0.conv1"], r=6), "b"), 2)
+    model.set_adapter(["a", "b"])
+    written = export_lora(model, tmp_path, format="diffusers")
+    assert written.r == 10 and written.rank_pattern["conv_in"] == 6
+    fresh = unet()
+    fresh.load_lora_adapter(tmp_path, prefix="unet", use_safetensors=True)
+    assert relative(fresh(*image).sample, model(*image).sample) < FLOAT32
+
+
+def test_a_wrapped_unet_and_a_scale(tmp_path, image):
+    model = seeded(lambda: get_peft_model(unet(), config(targets=UNET_TARGETS)), 1).eval()
+    at_scale(model, 0.5)
+    export_lora(model, tmp_path, format="diffusers")
+    fresh = unet()
+    fresh.load_lora_adapter(tmp_path, prefix="unet", use_safetensors=True)
+    assert relative(fresh(*image).sample, model(*image).sample) < FLOAT32
+
+
+def test_transformer(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+
+    def transformer():
+        return seeded(
+            lambda: diffusers.SD3Transformer2DModel(
+                sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
+                joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4,
+            )
+        ).eval()  # fmt: skip
+
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 5, 8),
+        "pooled_projections": torch.randn(1, 8),
+        "timestep": torch.tensor([3]),
+    }
+    model = transformer()
+    seeded(lambda: model.add_adapter(config(targets=["to_q", "to_k", "proj", "proj_out"])), 1)
+    export_lora(model, tmp_path, format="diffusers")
+    fresh = transformer()
+    fresh.load_lora_adapter(tmp_path, prefix="transformer", use_safetensors=True)
+    assert relative(fresh(**inputs).sample, model(**inputs).sample) < FLOAT32
+
+
+def test_the_format_of_peft_from_models_with_adapters(tmp_path, image):
+    model = unet()
+    seeded(lambda: model.add_adapter(config(targets=UNET_TARGETS, modules_to_save=["conv_out"]), "a"), 1)
+    with torch.no_grad():
+        model.conv_out.modules_to_save["a"].weight.add_(1)
+    export_lora(model, tmp_path / "peft")
+    fresh = PeftModel.from_pretrained(unet(), tmp_path / "peft").eval()
+    assert relative(fresh(*image).sample, model(*image).sample) < FLOAT32
+    with pytest.raises(ValueError, match=r"no room for conv_out.*modules_to_save.*format='peft'"):
+        export_lora(model, tmp_path / "diffusers", format="diffusers")
+    text = text_encoder()
+    seeded(lambda: text.add_adapter(config(targets=["q_proj", "token_embedding"]), "a"))
+    with pytest.raises(ValueError, match=r"no room for .*token_embedding.lora_embedding_A"):
+        export_lora(text, tmp_path / "diffusers", format="diffusers")
+    assert not (tmp_path / "diffusers").exists()
+
+
+def test_what_cannot_be_exported(tmp_path):
+    net = adapt(seeded(Net))
+    with pytest.raises(ValueError, match="what Diffusers calls a Net is not known"):
+        export_lora(net, tmp_path, format="diffusers")
+    with pytest.raises(ValueError, match="format must be 'peft' or 'diffusers', got 'kohya'"):
+        export_lora(net, tmp_path, format="kohya")
+    with pytest.raises(TypeError, match=r"or a model with adapters \(add_adapter\), got Net"):
+        export_lora(seeded(Net), tmp_path)
+    assert not list(tmp_path.iterdir())
