@@ -38,8 +38,6 @@ class ReflectionLayer(nn.Module, HRALayer):
     torchao_configuration: Callable[[], Any] | None = None
     """How the model was quantized, where torchao did it and transformers loaded it; needed to merge."""
 
-    other_param_names = (*HRALayer.other_param_names, "hra_scales", "_powers")
-
     _merged: merge.Merged | None = None
     _mixed_factors: MixedFactors | None = None
 
@@ -162,9 +160,10 @@ class ReflectionLayer(nn.Module, HRALayer):
             self.hra_u[target] = nn.Parameter(copied, requires_grad=before.requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; the adapter's factors go with it."""
-        self._forget_factors()
+        """As PEFT's; the adapter's scale and factors go with it."""
         super().delete_adapter(adapter_name)
+        self.hra_scales.pop(adapter_name, None)
+        self._forget_factors()
 
     def _forget_factors(self) -> None:
         self._factors.clear()

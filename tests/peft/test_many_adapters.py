@@ -134,12 +134,14 @@ def test_deleting_frees_the_factors(model):
     x = images()
     model(x)
     model(x, adapter_names=["default", "b", "gs", BASE])
+    model.base_model.model.lin0.set_scale("default", 0.7)
+    model(x)
     u = weakref.ref(model.base_model.model.lin0.hra_u["default"])
     model.delete_adapter("default")
     layer = model.base_model.model.lin0
     assert layer._factors._entry is None and layer._mixed_factors is None
     gc.collect()
-    assert u() is None
+    assert u() is None and "default" not in layer.hra_scales
 
 
 def test_only_active_adapters_train(model):
