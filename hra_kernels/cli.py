@@ -86,6 +86,18 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--model", metavar="NAME_OR_FOLDER", help="base model (default: the one the adapter names)")
     export.add_argument("--num-labels", type=positive(int), metavar="N", help="classes of a classifier's head")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the LoRA adapter")
+    export.add_argument(
+        "--format",
+        choices=["peft", "diffusers"],
+        default="peft",
+        help="peft: a folder for PEFT, vLLM and others (default); diffusers: the file that load_lora_weights reads",
+    )
+    export.add_argument(
+        "--component",
+        metavar="NAME",
+        help="the base model's name in its pipeline, with --format diffusers (default: unet, transformer or "
+        "text_encoder, by its class)",
+    )
     export.set_defaults(run=_export)
     return parser
 

@@ -47,11 +47,13 @@ _require_supported()
 
 import peft.mapping  # noqa: E402
 import peft.tuners.hra.model  # noqa: E402
+import peft.utils.hotswap  # noqa: E402
 
 from hra_kernels.peft.config import HRAConfig  # noqa: E402
 from hra_kernels.peft.conv import HRAConv1d, HRAConv2d, HRAConv3d  # noqa: E402
 from hra_kernels.peft.embedding import HRAEmbedding  # noqa: E402
 from hra_kernels.peft.export import exact_conversion, export_lora  # noqa: E402
+from hra_kernels.peft.hotswap import CONFIG_KEYS, hotswap_with_hra, preparation_with_hra  # noqa: E402
 from hra_kernels.peft.linear import HRALinear  # noqa: E402
 from hra_kernels.peft.model import HRAModel  # noqa: E402
 
@@ -78,12 +80,14 @@ __all__ = [
 ]
 
 _HRA = peft.PeftType.HRA
+_hotswap = peft.utils.hotswap
+_ABSENT = object()
 _replaced: dict[tuple[int, object], tuple[dict, object, object]] = {}
 
 # Everything that decides which classes PEFT builds. The mapping serves get_peft_model, PeftModel and, through
 # inject_adapter_in_model, transformers and diffusers; the configuration is what files are loaded into; the two layer
-# names serve a stock HRAModel that exists already; the last three are where `HRAModel` is exported from. And what
-# `convert_to_lora` does with one layer.
+# names serve a stock HRAModel that exists already; the next three are where `HRAModel` is exported from. And what
+# `convert_to_lora` does with one layer, and hot swapping with adapters that are not LoRA's.
 _REPLACEMENTS = (
     (peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING, _HRA, HRAModel),
     (peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, _HRA, HRAConfig),
@@ -92,6 +96,17 @@ _REPLACEMENTS = (
     (vars(peft.tuners.hra), "HRAModel", HRAModel),
     (vars(peft.tuners), "HRAModel", HRAModel),
     (vars(peft), "HRAModel", HRAModel),
+    (_hotswap.CONFIG_KEYS_TO_CHECK, _HRA, CONFIG_KEYS),
+    (
+        vars(_hotswap),
+        "hotswap_adapter_from_state_dict",
+        hotswap_with_hra(_hotswap.hotswap_adapter_from_state_dict),
+    ),
+    (
+        vars(_hotswap),
+        "prepare_model_for_compiled_hotswap",
+        preparation_with_hra(_hotswap.prepare_model_for_compiled_hotswap),
+    ),
 )
 if conversion is not None:
     _REPLACEMENTS += (
@@ -109,14 +124,17 @@ def enable() -> None:
     """
     if not _replaced:
         for namespace, name, replacement in _REPLACEMENTS:
-            _replaced[id(namespace), name] = (namespace, name, namespace[name])
+            _replaced[id(namespace), name] = (namespace, name, namespace.get(name, _ABSENT))
             namespace[name] = replacement
 
 
 def disable() -> None:
     """Make PEFT build its own HRA layers again, exactly as before `enable()`. Models built meanwhile keep working."""
     for namespace, name, original in _replaced.values():
-        namespace[name] = original
+        if original is _ABSENT:
+            del namespace[name]
+        else:
+            namespace[name] = original
     _replaced.clear()
 
 

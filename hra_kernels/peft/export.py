@@ -7,12 +7,13 @@ embedding of its own, A, and v B. Several adapters are one chain and one LoRA of
 their summed rank. B depends on the base weight: the LoRA belongs to the very base model it was exported from.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from hra_kernels.peft.sharded import whole_vectors
 _PREFIX = "base_model.model."
 _KEYS = "lora_A.weight", "lora_B.weight"
 _EMBEDDING_KEYS = "lora_embedding_A", "lora_embedding_B"
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+_DIFFUSERS_HEADER = "lora_adapter_metadata"
 _LORA_BIAS = {"none": "none", "all": "all", "hra_only": "lora_only"}
 
 
@@ -143,11 +146,12 @@ def exact_conversion(stock: Callable[..., tuple[Tensor, Tensor, int]]) -> Callab
     return convert
 
 
-def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The LoRA adapter (configuration and tensors) that equals HRA adapters of a model.
+def lora_state(model: nn.Module, adapter_names: Sequence[str] | None = None) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The LoRA adapter (configuration and tensors) that equals HRA adapters of a model, at the scale they are set to.
 
     Args:
-        model: a PEFT model with layers built after `hra_kernels.peft.enable()`; compiled or not, as its blocks.
+        model: a `PeftModel`, or a model of Diffusers or transformers with adapters of its own (`add_adapter`), with
+            layers built after `hra_kernels.peft.enable()`; compiled or not, as its blocks.
         adapter_names: which adapters, applied in this order; by default the active ones.
 
     Returns:
@@ -155,30 +159,37 @@ def lora_state(model: PeftModel, adapter_names: Sequence[str] | None = None) -> 
         the (single) adapter come along.
 
     Raises:
-        TypeError: the model is not a PEFT model, or has no layer of this package.
+        TypeError: the model has no adapters, or no layer of this package.
         ValueError: unknown adapter, merged layer, value not finite, or several adapters that carry other weights.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile(model)
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"lora_state: model must be a PeftModel, got {type(model).__name__}")
-    names = list(adapter_names) if adapter_names is not None else list(model.active_adapters)
-    unknown = [name for name in names if name not in model.peft_config]
+    known = getattr(model, "peft_config", None)
+    if not isinstance(known, dict) or not all(isinstance(config, PeftConfig) for config in known.values()):
+        raise TypeError(
+            f"lora_state: model must be a PeftModel, or a model with adapters (add_adapter), got {type(model).__name__}"
+        )
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, ReflectionLayer)]
+    if not modules:
+        raise TypeError("lora_state: no layer of hra_kernels found; call hra_kernels.peft.enable() before loading")
+    names = list(adapter_names) if adapter_names is not None else list(modules[0][1].active_adapters)
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise ValueError(f"lora_state: adapters must be among {list(model.peft_config)}, got {names}")
-    configs = [model.peft_config[name] for name in names]
+        raise ValueError(f"lora_state: adapters must be among {list(known)}, got {names}")
+    configs = [known[name] for name in names]
     layers = {
         plain_name(name).removeprefix(_PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, ReflectionLayer) and any(adapter in module.hra_r for adapter in names)
+        for name, module in modules
+        if any(adapter in module.hra_r for adapter in names)
     }
     if not layers:
-        raise TypeError("lora_state: no layer of hra_kernels found; call hra_kernels.peft.enable() before loading")
+        raise TypeError(f"lora_state: none of the adapters {names} is HRA's")
     if len(names) > 1 and any(config.bias != "none" or config.modules_to_save for config in configs):
         raise ValueError("lora_state: adapters with trained biases or modules_to_save can only be exported one by one")
     state: dict[str, Tensor] = {}
     if len(names) == 1:
         whole = get_peft_model_state_dict(model, adapter_name=names[0])
-        state = {plain_name(key): tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}
+        whole = {plain_name(key).removeprefix(_PREFIX): tensor for key, tensor in whole.items()}
+        state = {f"{_PREFIX}{key}": tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}
     ranks = {}
     for name, layer in layers.items():
         a, b = lora_factors(layer, names)
@@ -210,22 +221,82 @@ def _only_transposed(layers: Iterable[ReflectionLayer]) -> bool:
 
 
 def export_lora(
-    model: PeftModel, folder: str | Path, adapter_names: Sequence[str] | None = None, **metadata: Any
-) -> LoraConfig:
-    """Write the LoRA adapter folder (adapter_config.json, adapter_model.safetensors) that equals HRA adapters.
+    model: nn.Module | Mapping[str, nn.Module],
+    folder: str | Path,
+    adapter_names: Sequence[str] | None = None,
+    format: Literal["peft", "diffusers"] = "peft",
+    **metadata: Any,
+) -> LoraConfig | dict[str, LoraConfig]:
+    """Write the LoRA adapter folder that equals HRA adapters.
 
     Args:
-        model, adapter_names: as in `lora_state`; everything is computed before the first byte is written.
+        model, adapter_names: as in `lora_state`; everything is computed before the first byte is written. For
+            "diffusers" also several models of one pipeline, {"unet": ..., "text_encoder_2": ...}.
         folder: made where missing.
+        format: "peft" writes adapter_config.json and adapter_model.safetensors; "diffusers" the one file that
+            `pipe.load_lora_weights(folder)` looks for, pytorch_lora_weights.safetensors.
         metadata: further string entries for the file's header.
 
     Returns:
-        The configuration written.
+        The configuration written, or one for each model of several.
+
+    Raises:
+        ValueError: another format, a component that has no name in Diffusers, or weights that its format has no room
+            for: trained biases, `modules_to_save`, embeddings.
     """
+    if format not in ("peft", "diffusers"):
+        raise ValueError(f"export_lora: format must be 'peft' or 'diffusers', got {format!r}")
+    folder, header = Path(folder), {"format": "pt", **{key: str(value) for key, value in metadata.items()}}
+    if format == "diffusers":
+        models = model if isinstance(model, Mapping) else {_component(model): model}
+        configs, state, settings = {}, {}, {}
+        for name, one in models.items():
+            configs[name], tensors = lora_state(one, adapter_names)
+            state.update(_diffusers_state(name, tensors))
+            settings.update({f"{name}.{key}": value for key, value in _diffusers_settings(configs[name]).items()})
+        header[_DIFFUSERS_HEADER] = json.dumps(settings, indent=2, sort_keys=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / _DIFFUSERS_FILE, metadata=header)
+        return configs if isinstance(model, Mapping) else configs.popitem()[1]
     config, state = lora_state(model, adapter_names)
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", **{key: str(value) for key, value in metadata.items()}}
     save_file(state, folder / SAFETENSORS_WEIGHTS_NAME, metadata=header)
     config.save_pretrained(str(folder))
     return config
+
+
+def _component(model: nn.Module) -> str:
+    """What Diffusers' pipelines call a model of this class."""
+    model = getattr(model, "_orig_mod", model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kind, package = type(base).__name__, type(base).__module__.split(".")[0]
+    if package == "transformers":
+        return "text_encoder"
+    for part, component in (("UNet", "unet"), ("Transformer", "transformer")):
+        if package == "diffusers" and part in kind:
+            return component
+    raise ValueError(
+        f"export_lora: what Diffusers calls a {kind} is not known; give its name in the pipeline, as in "
+        "export_lora({'transformer_2': model}, ...)"
+    )
+
+
+def _diffusers_state(component: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for key in state:
+        if not key.endswith(_KEYS):
+            raise ValueError(
+                f"export_lora: Diffusers' LoRA files have no room for {key.removeprefix(_PREFIX)} (trained biases, "
+                "modules_to_save and embeddings); train without it, or export with format='peft'"
+            )
+    return {f"{component}.{key.removeprefix(_PREFIX)}": tensor for key, tensor in state.items()}
+
+
+def _diffusers_settings(config: LoraConfig) -> dict[str, Any]:
+    """Those that its loaders cannot tell from the tensors in every release; ^: a name can be the end of another."""
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "rank_pattern": {f"^{name}": rank for name, rank in config.rank_pattern.items()},
+        "alpha_pattern": {f"^{name}": alpha for name, alpha in config.alpha_pattern.items()},
+        "target_modules": sorted(config.target_modules),
+    }

@@ -6,6 +6,7 @@ The base layer is always run through its own forward, so its hooks, its quantiza
 business. Saved for backward: x, x vᵀ (M, R) and the factor; the factor is computed once per value of the adapters.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from hra_kernels.factor_cache import FactorCache, KeepsFactors
 from hra_kernels.ops import reflect_chain
 from hra_kernels.peft import base_weight, merge
 from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
+from hra_kernels.peft.powers import PowerCache
 from hra_kernels.peft.sharded import is_sharded, whole_vectors
 
 
@@ -45,6 +47,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         self.hra_r: dict[str, int] = {}
         self.hra_apply_GS: dict[str, bool] = {}
         self.hra_u = nn.ParameterDict({})
+        self.hra_scales: dict[str, list[float]] = {}
+        self._powers: dict[str, PowerCache] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -61,6 +65,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
         self.hra_r[adapter_name] = r
         self.hra_apply_GS[adapter_name] = settings.get("apply_GS", False)
+        self.hra_scales[adapter_name] = []
+        self._powers[adapter_name] = PowerCache()
         self.hra_u[adapter_name] = nn.Parameter(torch.empty(*self._vector_shape(), r))
         if settings.get("init_weights", True):
             self.reset_hra_parameters(adapter_name)
@@ -93,8 +99,19 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         return getattr(self.get_base_layer(), "weight", None)
 
     def chain(self, names: Sequence[str]) -> tuple[list[Tensor], list[bool]]:
-        """Of these adapters, in order: their vectors, and whether the chain is that of their Gram-Schmidt basis."""
-        return [self.hra_u[name] for name in names], [self.hra_apply_GS[name] for name in names]
+        """Of these adapters, in order: their vectors, and whether the chain is that of their Gram-Schmidt basis.
+
+        At a scale other than 1: the vectors of that power of the adapter.
+
+        Raises:
+            ValueError: the power is not defined.
+        """
+        us, apply_gs = [], []
+        for name in names:
+            u, gs, scale = self.hra_u[name], self.hra_apply_GS[name], self._scale_of(name)
+            us.append(u if scale == 1 else self._power(name, scale))
+            apply_gs.append(gs and scale == 1)
+        return us, apply_gs
 
     def chain_to_refill(self) -> tuple[FactorCache, list[Tensor], list[bool]] | None:
         """What the next forward will ask of its cache (`factor_cache.refill`); None where that is not known ahead."""
@@ -126,21 +143,86 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         """
         u = self.hra_u[adapter_name]
         identity = torch.eye(u.shape[0], dtype=u.dtype, device=u.device)
-        return reflect_chain(identity, [u], [self.hra_apply_GS[adapter_name]], transpose=reverse)
+        return reflect_chain(identity, *self.chain([adapter_name]), transpose=reverse)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: a chain of r reflections is exactly a LoRA of rank r. See `hra_kernels.peft.export`."""
         return True
 
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Give one adapter the vectors of another, bit for bit; both are on the layer, with one configuration."""
+        before = self.hra_u[target]
+        if source in self.hra_r and not before.is_meta:
+            copied = self.hra_u[source].detach().clone()
+            self.hra_u[target] = nn.Parameter(copied, requires_grad=before.requires_grad)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; the adapter's factors go with it."""
-        self.forget_factors()
+        """As PEFT's; the adapter's scale and factors go with it."""
         super().delete_adapter(adapter_name)
+        self.hra_scales.pop(adapter_name, None)
+        self.forget_factors()
 
     def forget_factors(self) -> None:
         """Compute the factors anew in the next forward, those of a mixed batch too."""
         super().forget_factors()
         self._mixed_factors = None
+        self._powers = {name: PowerCache() for name in self.hra_r}
+
+    # --- scales
+
+    @property
+    def r(self) -> dict[str, int]:
+        """`hra_r`, under the name that PEFT's LoRA layers have for it and that clients read."""
+        return self.hra_r
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Apply the power Q^scale of an adapter: 0 is the base layer, bit for bit, 1 the adapter, -1 its inverse.
+
+        In between it is the geodesic of `add_weighted_adapter`. An adapter that the layer does not have is passed over.
+
+        Raises:
+            ValueError: the power is not defined, as for odd r or apply_GS but at -1, 0 and 1; nothing is changed.
+        """
+        if adapter in self.hra_r:
+            self._set_scales(adapter, [float(scale)])
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of each active adapter; raises as `set_scale` does."""
+        for name in self.active_adapters:
+            if scale != 1 and name in self.hra_r:
+                self._set_scales(name, [*self.hra_scales[name], float(scale)])
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`, exactly; without a scale, go back to 1. For each active adapter."""
+        for name in self.active_adapters:
+            if name not in self.hra_r or scale == 1:
+                continue
+            scales = [] if scale is None else list(self.hra_scales[name])
+            if scale is not None and scale in scales:
+                scales.reverse()
+                scales.remove(scale)
+                scales.reverse()
+            elif scale is not None:
+                scales.append(1 / scale)
+            self.hra_scales[name] = scales
+
+    def _scale_of(self, name: str) -> float:
+        return math.prod(self.hra_scales[name])
+
+    def _set_scales(self, name: str, scales: list[float]) -> None:
+        before, self.hra_scales[name] = self.hra_scales[name], scales
+        try:
+            if not self.hra_u[name].is_meta:
+                self.chain([name])
+        except ValueError:
+            self.hra_scales[name] = before
+            raise
+
+    def _power(self, name: str, scale: float) -> Tensor:
+        try:
+            return self._powers[name].get(self.hra_u[name], self.hra_apply_GS[name], scale)
+        except ValueError as error:
+            raise ValueError(f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: {error}") from error
 
     # --- forward
 
@@ -149,8 +231,10 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         if self.disable_adapters or self.merged:
             return []
         if adapter_names is not None:
-            return [name for name in self.hra_r if name in adapter_names]
-        return [name for name in self.active_adapters if name in self.hra_r]
+            names = [name for name in self.hra_r if name in adapter_names]
+        else:
+            names = [name for name in self.active_adapters if name in self.hra_r]
+        return [name for name in names if self._scale_of(name) != 0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer with the active adapters' reflections in its weight.

@@ -30,6 +30,11 @@ _LAYERS_TAKE_CONFIG = "config" in inspect.signature(PeftHRALinear.__init__).para
 """PEFT 0.20 and newer hand the whole config to a layer; 0.19 hands over its fields."""
 
 
+_POLICY, _REFERENCE = "default", "ref"
+"""The adapters of TRL's trainers. They add the reference with the policy's own configuration object and then copy the
+parameters named `....default....`, of which HRA has none (`hra_u.default`): here it starts as that copy instead."""
+
+
 def layer_class(base: nn.Module) -> type[ReflectionLayer] | None:
     """The class for a base layer; None where HRA is not supported over it."""
     if quantization_of(base) is not None:
@@ -78,6 +83,8 @@ class HRAModel(PeftHRAModel):
         if isinstance(layer, ReflectionLayer):
             layer.name_in_model = current_key
             layer.torchao_configuration = torchao_configuration(self.model)
+            if adapter_name == _REFERENCE and hra_config is self.peft_config.get(_POLICY):
+                layer.copy_adapter(_POLICY, _REFERENCE)
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """As PEFT's. Where wrappers of parameters are nested is part of the names in a file, for all adapters alike."""

@@ -1,18 +1,11 @@
 """Weighted combinations of adapters, where they have a meaning: products of powers, Q_1^w_1 Q_2^w_2 ...
 
-Q is orthogonal, and so is what an HRA adapter can be; sums and averages of vectors u or of matrices Q are not. But
-
-    Q^1      Q itself: its columns, bit for bit. (Gram-Schmidt: the orthonormal columns that it reflects along)
-    Q^-1     the inverse: the same columns in reverse order
-    Q^w      the rotation of every plane that Q rotates by θ, -π < θ < π, by w θ instead: the geodesic from I to Q
-
-are chains of as many columns as Q, and a product of chains is their columns side by side ("cat" in PEFT's words): W Q_1
-Q_2 as for several active adapters. The last is not defined where Q turns something round by π: an odd number of
-reflections does (determinant -1), and Gram-Schmidt.
+Q is orthogonal, and so is what an HRA adapter can be; sums and averages of vectors u or of matrices Q are not. But the
+powers of Q are chains (`powers.chain_power`), and a product of chains is their columns side by side ("cat" in PEFT's
+words): W Q_1 Q_2 as for several active adapters.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,61 +14,8 @@ from peft.tuners.hra.layer import HRALayer
 from peft.tuners.hra.model import HRAModel
 from torch import Tensor, nn
 
-from hra_kernels.factors import factor_dtype
 from hra_kernels.peft.names import plain_name
-from hra_kernels.reference import wy_factor
-
-_HALF_TURN = 1e-4
-"""A rotation this close to π (in radians) has no direction that the float32 columns could tell."""
-
-
-def _padded(columns: Tensor, rank: int) -> Tensor:
-    """With pairs of equal columns behind, which cancel, and a zero column where one is left over."""
-    missing = rank - columns.shape[1]
-    pairs = columns.new_ones(columns.shape[0], 2 * (missing // 2))
-    return torch.cat([columns, pairs, columns.new_zeros(columns.shape[0], missing % 2)], 1)
-
-
-def chain_power(u: Tensor, apply_gs: bool, weight: float) -> Tensor:
-    """Columns (D, R) of the plain chain Q^weight, for Q the chain of u's columns.
-
-    Args:
-        u: (D, R), any floating dtype.
-        apply_gs: whether Q is the chain of the Gram-Schmidt basis of u.
-        weight: any finite number; see the head of this file for what it means.
-
-    Returns:
-        u's own dtype where columns are taken as they are, else the factor's: float32, or float64 for float64.
-
-    Raises:
-        ValueError: the power is not defined.
-    """
-    wide = factor_dtype(u.dtype)
-    if abs(weight) == 1:
-        columns = wy_factor(u, apply_gs=True)[0].mT if apply_gs else u
-        return columns if weight == 1 else columns.flip(1)
-    v, t = wy_factor(u.double(), apply_gs)
-    basis = torch.linalg.qr(v.mT).Q
-    inside = basis.mT @ v.mT
-    identity = torch.eye(len(inside), dtype=v.dtype, device=v.device)
-    q = identity - inside @ t @ inside.mT  # Q on the span of its columns; elsewhere it is the identity
-    if not math.isfinite(weight) or not q.isfinite().all():
-        raise ValueError(f"the weight and hra_u must be finite, got {weight} and an hra_u with NaN or infinity")
-    if torch.linalg.svdvals(identity + q).min() < _HALF_TURN:
-        raise ValueError(
-            f"its reflections turn a direction round (an odd number of them does, and apply_GS=True), so that the "
-            f"power {weight} is not defined; the weights 1 and -1 are"
-        )
-    # Cayley transform: skew-symmetric, and tan(θ / 2) tells all angles in (-π, π) apart
-    tangents, vectors = torch.linalg.eigh(1j * torch.linalg.solve(identity + q, identity - q))
-    columns = []
-    for k in range(len(q) - len(q) // 2, len(q)):
-        half = weight * math.atan(tangents[k])
-        first, second = math.sqrt(2) * vectors[:, k].real, -math.sqrt(2) * vectors[:, k].imag
-        if tangents[k] > 1e-12:
-            columns += [math.cos(half) * first + math.sin(half) * second, first]
-    chain = basis @ torch.stack(columns, 1) if columns else u.new_zeros(u.shape[0], 0)
-    return _padded(chain.to(wide), u.shape[1])
+from hra_kernels.peft.powers import chain_power, padded
 
 
 def _check(model: HRAModel, adapters: Sequence[str], weights: Sequence[float], name: str, kind: str) -> None:
@@ -115,7 +55,7 @@ def _combined(layer: HRALayer, where: str, adapters: Sequence[str], weights: Seq
                 columns.append(chain_power(layer.hra_u[adapter], layer.hra_apply_GS[adapter], weight))
             except ValueError as error:
                 raise ValueError(f"add_weighted_adapter: layer {where!r}, adapter {adapter!r}: {error}") from error
-    return _padded(torch.cat(columns, 1), rank)
+    return padded(torch.cat(columns, 1), rank)
 
 
 def add_weighted_adapter(
@@ -146,5 +86,5 @@ def add_weighted_adapter(
     for name, layer in layers.items():
         if adapter_name in layer.hra_r:  # a target's name can be the end of another layer's, which has no part in it
             fresh = layer.hra_u[adapter_name]
-            columns = combined[name] if name in combined else _padded(fresh.detach()[:, :0], rank)
+            columns = combined[name] if name in combined else padded(fresh.detach()[:, :0], rank)
             layer.hra_u[adapter_name] = nn.Parameter(columns.to(fresh.device), requires_grad=False)

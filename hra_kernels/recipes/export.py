@@ -1,6 +1,8 @@
 """`hra-kernels export`: a saved HRA adapter as a LoRA adapter, exactly, for what serves LoRA alone."""
 
 import argparse
+import importlib
+import json
 import os
 import warnings
 
@@ -39,11 +41,23 @@ def _config(adapter: str) -> PeftConfig:
     return config
 
 
+def _diffusers_class(folder: str) -> type | None:
+    """The class of Diffusers that this folder's config.json names, as its models (not its pipelines) save it."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        settings = json.load(file)
+    kind = settings.get("_class_name") if isinstance(settings, dict) else None
+    return None if kind is None else getattr(importlib.import_module("diffusers"), kind)
+
+
 def _load(adapter: str, config: PeftConfig, name: str, num_labels: int | None) -> PeftModel:
     """The base model of this name with the adapter, every tensor of which has found its layer and the reverse."""
     options = {} if num_labels is None else {"num_labels": num_labels}
     with refusing(f"the base model {name} does not load"):
-        base = _AUTO_CLASSES.get(config.task_type, transformers.AutoModel).from_pretrained(name, **options)
+        kind = _diffusers_class(name) or _AUTO_CLASSES.get(config.task_type, transformers.AutoModel)
+        base = kind.from_pretrained(name, **options)
     with refusing(f"the weights of {adapter}, {' or '.join(_WEIGHT_FILES)}, do not load"):
         saved = load_peft_weights(adapter, device="cpu")
     with refusing(f"{adapter} does not fit {name}"), hra_kernels.peft.enabled(), warnings.catch_warnings():
@@ -62,6 +76,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Load the base model, attach the adapter, write the LoRA folder; one line says what was written."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if arguments.component and arguments.format != "diffusers":
+        raise RecipeError("--component is a name in a pipeline of Diffusers; it goes with --format diffusers")
     config = _config(arguments.adapter)
     name = arguments.model or config.base_model_name_or_path
     if not name:
@@ -69,9 +85,11 @@ def main(arguments: argparse.Namespace) -> int:
     model = _load(arguments.adapter, config, name, arguments.num_labels)
     with written_whole(arguments.out) as folder:
         try:
-            written = hra_kernels.peft.export_lora(model, folder)
+            exported = {arguments.component: model} if arguments.component else model
+            written = hra_kernels.peft.export_lora(exported, folder, format=arguments.format)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise RecipeError(f"{arguments.adapter}: {reason(error)}") from error
     layers = sum(isinstance(module, ReflectionLayer) for module in model.modules())
-    print(f"{arguments.out}: LoRA of rank {written.r} over {layers} layers of {name}")
+    rank = (written[arguments.component] if arguments.component else written).r
+    print(f"{arguments.out}: LoRA of rank {rank} over {layers} layers of {name}")
     return 0

@@ -120,7 +120,7 @@ def test_errors(tmp_path):
     model = trained(get_peft_model(base(), config()))
     with pytest.raises(ValueError, match=r"adapters must be among \['default'\], got \['missing'\]"):
         lora_state(model, ["missing"])
-    with pytest.raises(TypeError, match="model must be a PeftModel, got Net"):
+    with pytest.raises(TypeError, match=r"model must be a PeftModel, or a model with adapters .*, got Net"):
         lora_state(base())
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged; call unmerge_adapter"):

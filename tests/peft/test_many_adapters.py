@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 import hra_kernels.peft
-from hra_kernels.peft.weighted import chain_power
+from hra_kernels.peft.powers import chain_power
 from hra_kernels.testing.tolerance import relative, rounding
 from tests.peft.models import ALL_LAYERS, Net, adapt, config, dense_q, linear, merged_weight, seeded
 
@@ -134,12 +134,14 @@ def test_deleting_frees_the_factors(model):
     x = images()
     model(x)
     model(x, adapter_names=["default", "b", "gs", BASE])
+    model.base_model.model.lin0.set_scale("default", 0.7)
+    model(x)
     u = weakref.ref(model.base_model.model.lin0.hra_u["default"])
     model.delete_adapter("default")
     layer = model.base_model.model.lin0
     assert layer._factors._entry is None and layer._mixed_factors is None
     gc.collect()
-    assert u() is None
+    assert u() is None and "default" not in layer.hra_scales
 
 
 def test_only_active_adapters_train(model):
@@ -206,7 +208,9 @@ def test_gram_schmidt_as_a_plain_chain():
 
 @pytest.mark.parametrize("r, apply_gs", [(3, False), (6, True)])
 def test_powers_that_are_not_defined(r, apply_gs):
-    with pytest.raises(ValueError, match=r"turn a direction round.*power 0.5 is not defined; the weights 1 and -1 are"):
+    with pytest.raises(
+        ValueError, match=r"turn a direction round.*power 0.5 is not defined; the weights 1, -1 and 0 are"
+    ):
         chain_power(vectors("random", r=r), apply_gs, 0.5)
 
 

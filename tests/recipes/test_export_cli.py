@@ -152,3 +152,44 @@ def test_out_that_is_a_file(adapter, tmp_path, below, capsys):
     out = tmp_path / "file" / "lora" if below else tmp_path / "file"
     assert f"--out {out}" in refused(capsys, adapter, "--out", out)
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_the_format_of_diffusers(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=4,
+    ).save_pretrained(tmp_path / "base")  # fmt: skip
+
+    def base():
+        return diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "base").eval()
+
+    with hra_kernels.peft.enabled():
+        model = get_peft_model(base(), HRAConfig(r=4, target_modules=["to_q", "conv1"], init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    arguments = [tmp_path / "adapter", "--model", tmp_path / "base", "--format", "diffusers"]
+
+    def loaded(unet, folder, component):
+        unet.load_lora_adapter(folder, prefix=component, use_safetensors=True)
+        return unet
+
+    image = torch.randn(1, 3, 8, 8), 1, torch.randn(1, 4, 8)
+    for component in ("unet", "unet_2"):
+        out = tmp_path / component
+        named = [] if component == "unet" else ["--component", component]
+        assert cli.main(["export", *map(str, arguments), *named, "--out", str(out)]) == 0
+        assert f"{out}: LoRA of rank 4 over " in capsys.readouterr().out
+        assert [path.name for path in out.iterdir()] == ["pytorch_lora_weights.safetensors"]
+        state = load_file(out / "pytorch_lora_weights.safetensors")
+        assert all(key.startswith(f"{component}.") and key.endswith("weight") for key in state)
+        lora = loaded(base(), out, component)
+        with torch.no_grad():
+            y = model(*image).sample
+            assert (lora(*image).sample - y).abs().max() < 1e-5 * y.abs().max()
+
+
+def test_what_diffusers_has_no_name_for(adapter, tmp_path, capsys):
+    said = refused(capsys, adapter, "--component", "unet", "--out", tmp_path / "lora")
+    assert "--component" in said and "--format diffusers" in said
