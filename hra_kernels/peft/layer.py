@@ -148,11 +148,32 @@ class ReflectionLayer(nn.Module, HRALayer):
 
     def _adapters_to_apply(self, adapter_names: list[str] | None = None) -> list[str]:
         """In PEFT's order: W Q_1 Q_2 ...; of a mixed batch, those on this layer that a sample names."""
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return []
         if adapter_names is not None:
             return [name for name in self.hra_r if name in adapter_names]
-        return [name for name in self.active_adapters if name in self.hra_r]
+        return self.left_to_apply(self.merged_adapters)
+
+    def left_to_apply(self, merged: Sequence[str]) -> list[str]:
+        """The active adapters of this layer that `forward` applies while these are merged, in this order.
+
+        Of W Q_A Q_B that is B where A is merged. Nothing where an adapter is merged that is not active: then the
+        merged weight is what was asked for.
+
+        Raises:
+            ValueError: an active adapter that is not merged comes before one that is.
+        """
+        active = [name for name in self.active_adapters if name in self.hra_r]
+        left = [name for name in active if name not in merged]
+        if not left or not set(merged) <= set(active):
+            return []
+        if active[: len(merged)] != list(merged):
+            raise ValueError(
+                f"HRA: {self.describe()} has the active adapters {active}, in the order of their product; while some "
+                f"of them are not merged, those that are must be the first ones, in this order, got {list(merged)}. "
+                "Merge the others first, or choose what is merged with set_adapter()"
+            )
+        return left
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer with the active adapters' reflections in its weight.
@@ -227,14 +248,16 @@ class ReflectionLayer(nn.Module, HRALayer):
 
     # --- merging
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the reflections into the base weight: W Q_1 Q_2 ..., computed in float32 (float64) and rounded once.
-
-        The original weight is kept while merged, so that `unmerge` restores its bits.
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_original: bool = True
+    ) -> None:
+        """Put the reflections into the base weight, in place: W Q_1 Q_2 ..., in float32 (float64) and rounded once.
 
         Args:
             safe_merge: accepted for PEFT's sake: every merge of a layer is checked before its weight is touched.
-            adapter_names: which adapters, in this order; by default the active ones.
+            adapter_names: which adapters, in this order; by default the active ones. What remains of the active ones
+                stays applied in `forward`, if these come first among them.
+            keep_original: keep a copy of the weight while merged, so that `unmerge` restores its bits.
 
         Raises:
             ValueError: `hra_u` or the merged weight is not finite; the weight is left as it was.
@@ -243,13 +266,14 @@ class ReflectionLayer(nn.Module, HRALayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hra_r]
         if names:
             self.require_mergeable(names)
-            self._merged = merge.merge(self.readable_weight(), names, *self.chain(names), self._merged)
+            self._merged = merge.merge(self.readable_weight(), names, *self.chain(names), self._merged, keep_original)
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Take all merged adapters out again: the original weight, bit for bit.
+        """Take all merged adapters out again, in place: the original weight, bit for bit.
 
-        Where the base weight was changed while merged, the reflections of the merge are undone on the changed weight.
+        Where no original was kept, or the weight was changed while merged, the reflections of the merge are undone on
+        the weight as it is, in float32 (float64) and rounded once.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)

@@ -195,17 +195,30 @@ class HRAModel(PeftHRAModel):
         return [module for module in self.model.modules() if isinstance(module, ReflectionLayer)]
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+        keep_original: bool = True,
     ) -> None:
         """As PEFT's; all layers are checked before the first one is merged, and a failure undoes those before it.
 
+        Weights are written in place: whoever else holds their memory sees the merge.
+
         Args:
+            adapter_names: by default the active ones. The other active ones stay applied.
             progressbar: show one, as `merge_and_unload` does.
+            keep_original: keep a copy of each weight, so that `unmerge_adapter` restores its bits. Without one it
+                undoes the reflections in float32 (float64) and rounds once more.
 
         Raises:
-            ValueError: an `hra_u` or a merged weight is not finite, or a weight is tied to one that is not merged.
+            ValueError: an `hra_u` or a merged weight is not finite, a weight is tied to one that is not merged, or
+                `adapter_names` leaves out an active adapter that comes before one of them.
             NotImplementedError: a base weight is not loaded, or quantized in a format that cannot be written.
         """
+        for layer in self._layers():
+            asked = layer.active_adapters if adapter_names is None else adapter_names
+            layer.left_to_apply(list(dict.fromkeys([*layer.merged_adapters, *(n for n in asked if n in layer.hra_r)])))
         self._check_merge_possible(adapter_names)
         self._check_merge_allowed()
         merged: list[tuple[BaseTunerLayer, list[str]]] = []
@@ -213,8 +226,9 @@ class HRAModel(PeftHRAModel):
         try:
             for layer in tqdm(layers, disable=not progressbar, desc="Merging adapters"):
                 merged.append((layer, list(layer.merged_adapters)))
+                settings = {"keep_original": keep_original} if isinstance(layer, ReflectionLayer) else {}
                 with onload_layer(layer):
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge, **settings)
         except BaseException:
             for layer, names in merged:
                 if layer.merged_adapters != names:
