@@ -1,6 +1,7 @@
 """PEFT's HRA model, building this package's layers."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from peft.tuners.hra.model import HRAModel as PeftHRAModel
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -47,6 +48,37 @@ class HRAModel(PeftHRAModel):
 
     _refilled_after: int = -1
     """`optimizer_steps()` when the layers' factors were last computed together."""
+
+    _passed_over: frozenset[str] = frozenset()
+    """Modules that the configuration now being applied matches, and that cannot be adapted."""
+
+    def _prepare_model(self, config: Any, model: nn.Module) -> None:
+        """As PEFT's, before an adapter is added. What cannot be adapted is passed over, unless named in full."""
+        super()._prepare_model(config, model)
+        named = config.target_modules
+        config = _maybe_include_all_linear_layers(config, model)
+        self._passed_over = frozenset()
+        uncalled = {
+            f"{name}.{child}" if name else child
+            for name, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for child, _ in module.named_children()
+        }
+        in_full = {named} if isinstance(named, str) else set(named or ())
+        found = sorted(name for name in uncalled - in_full if self._check_target_module_exists(config, name))
+        if config.target_modules is not named:  # "all-linear" is saved as the names that it stands for
+            config.target_modules = set(config.target_modules).difference(found)
+        if found:
+            self._passed_over = frozenset(found)
+            warnings.warn(
+                f"HRA passes over {', '.join(found)}: nn.MultiheadAttention uses that weight without calling the "
+                "layer, so an adapter there would have no effect. All else is adapted; to say that this is meant, "
+                f"set exclude_modules={found}.",
+                stacklevel=2,
+            )
+
+    def _check_target_module_exists(self, config: Any, key: str) -> Any:
+        return key not in self._passed_over and super()._check_target_module_exists(config, key)
 
     def _create_and_replace(
         self,
