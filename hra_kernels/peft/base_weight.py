@@ -104,13 +104,32 @@ def why_not_mergeable(base: nn.Module, requantize: Callable[[], Any] | None = No
                 "through transformers with quantization_config=TorchAoConfig(...)"
             )
         return None
-    if is_sharded(base):
-        return None if weight.dtype in MERGEABLE else f"its base weight is a DTensor of {weight.dtype}"
+    if is_sharded(base) and weight.dtype not in MERGEABLE:
+        return f"its base weight is a DTensor of {weight.dtype}"
     if not isinstance(weight, Tensor):
         return f"its base layer is a {type(base).__name__} without a weight tensor (quantized?)"
-    if not is_plain(weight):
+    if not is_sharded(base) and not is_plain(weight):
         return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantized?)"
+    if has_own_forward(base):
+        return (
+            f"its base layer is a {type(base).__name__} with a forward of its own, in which reflecting the weight may "
+            "be another thing than reflecting the input, on which the adapter was trained"
+        )
     return None
+
+
+def has_own_forward(base: nn.Module) -> bool:
+    """Whether a linear layer or an embedding runs another forward than its kind's: then W Q there may mean anything.
+
+    Not counted are accelerate's hook, which only moves tensors, and an embedding that scales its output, as its
+    attribute `embed_scale` says. Quantized layers, whose packages know their weight, are not to be asked about, nor
+    convolutions, where the adapter itself is W Q in their own forward.
+    """
+    kind = next((kind for kind in (nn.Linear, Conv1D, nn.Embedding) if isinstance(base, kind)), None)
+    if kind is None or (kind is nn.Embedding and hasattr(base, "embed_scale")):
+        return False
+    forward = getattr(base, "_old_forward", base.forward)
+    return getattr(forward, "__func__", None) is not kind.forward
 
 
 def is_plain(weight: Any) -> bool:

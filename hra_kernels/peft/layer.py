@@ -146,6 +146,11 @@ class ReflectionLayer(nn.Module, HRALayer):
 
     # --- forward
 
+    def always_call(self) -> None:
+        """Have a hook: for that `nn.TransformerEncoderLayer` calls a layer whose weight it else reads in evaluation."""
+        if not self._forward_pre_hooks:
+            self.register_forward_pre_hook(_do_nothing)
+
     def _adapters_to_apply(self, adapter_names: list[str] | None = None) -> list[str]:
         """In PEFT's order: W Q_1 Q_2 ...; of a mixed batch, those on this layer that a sample names."""
         if self.disable_adapters:
@@ -261,7 +266,8 @@ class ReflectionLayer(nn.Module, HRALayer):
 
         Raises:
             ValueError: `hra_u` or the merged weight is not finite; the weight is left as it was.
-            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
+            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written, or a
+                linear layer or an embedding has a forward of its own.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hra_r]
         if names:
@@ -304,14 +310,16 @@ class ReflectionLayer(nn.Module, HRALayer):
 
         Raises:
             ValueError: an `hra_u`, or the merged weight, is not finite.
-            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
+            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written, or a
+                linear layer or an embedding has a forward of its own.
         """
         reason = self.why_not_mergeable()
         if reason:
             raise NotImplementedError(
                 f"HRA cannot merge into {self.describe()}: {reason}. Supported are plain float32, float64, bfloat16 "
-                "and float16 weights and, with PEFT 0.20 or newer, bitsandbytes, HQQ and torchao layers; run the "
-                "adapter unmerged, or merge it into an unquantized copy of the model."
+                "and float16 weights in layers that run the forward of their kind and, with PEFT 0.20 or newer, "
+                "bitsandbytes, HQQ and torchao layers; run the adapter unmerged, exclude the layer "
+                "(exclude_modules), or merge into an unquantized copy of the model."
             )
         us, apply_gs = self.chain(names)
         for name, u in zip(names, whole_vectors(us), strict=True):
@@ -319,3 +327,7 @@ class ReflectionLayer(nn.Module, HRALayer):
                 raise merge.broken([name], "its hra_u holds NaN or infinity", self.describe())
         if safe_merge:
             merge.require_finite_result(self.readable_weight(), names, us, apply_gs)
+
+
+def _do_nothing(module: nn.Module, args: tuple) -> None:
+    """A forward pre-hook."""

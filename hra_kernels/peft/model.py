@@ -108,6 +108,8 @@ class HRAModel(PeftHRAModel):
                     layer.requires_grad_(False)
                 self._replace_module(parent, target_name, layer, target)
         if isinstance(layer, ReflectionLayer):
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                layer.always_call()
             layer.name_in_model = current_key
             layer.torchao_configuration = torchao_configuration(self.model)
 
