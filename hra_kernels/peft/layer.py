@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hra_kernels.factor_cache import FactorCache
-from hra_kernels.ops import reflect_chain
+from hra_kernels.ops import reflect_chain, wants_plain_ops
 from hra_kernels.peft import base_weight, merge
 from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.sharded import is_sharded, whole_vectors
@@ -212,6 +212,8 @@ class ReflectionLayer(nn.Module, HRALayer):
             result = self._mixed_forward(x, adapter_names, *args, **kwargs)
         else:
             result = self._adapted_forward(x, *self.chain(names), *args, **kwargs)
+            if len(self.hra_u) > 1:
+                _show_to_checkpoints([list(self.hra_u).index(name) for name in names], result)
         return result if x.dtype == given or torch.is_autocast_enabled(x.device.type) else result.to(given)
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
@@ -331,3 +333,17 @@ class ReflectionLayer(nn.Module, HRALayer):
 
 def _do_nothing(module: nn.Module, args: tuple) -> None:
     """A forward pre-hook."""
+
+
+def _show_to_checkpoints(adapters: list[int], result: Any) -> None:
+    """Save an empty tensor with these sizes in the graph behind a layer's result.
+
+    `torch.utils.checkpoint` compares the shapes of what a forward and its recomputation save: so it raises where other
+    adapters have been activated in between, whose vectors may well have the same shapes.
+    """
+    if torch.compiler.is_compiling() or wants_plain_ops():
+        return
+    outputs = result if isinstance(result, tuple) else (result,)
+    node = next((y.grad_fn for y in outputs if isinstance(y, Tensor) and y.grad_fn is not None), None)
+    if node is not None:
+        node.metadata["hra_active_adapters"] = torch.empty(0, *adapters, requires_grad=True).square()
