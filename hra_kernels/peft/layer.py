@@ -212,8 +212,8 @@ class ReflectionLayer(nn.Module, HRALayer):
             result = self._mixed_forward(x, adapter_names, *args, **kwargs)
         else:
             result = self._adapted_forward(x, *self.chain(names), *args, **kwargs)
-            if len(self.hra_u) > 1:
-                _show_to_checkpoints([list(self.hra_u).index(name) for name in names], result)
+            if len(self.hra_r) > 1:
+                _show_to_checkpoints([list(self.hra_r).index(name) for name in names], result)
         return result if x.dtype == given or torch.is_autocast_enabled(x.device.type) else result.to(given)
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
