@@ -104,13 +104,32 @@ def why_not_mergeable(base: nn.Module, requantize: Callable[[], Any] | None = No
                 "through transformers with quantization_config=TorchAoConfig(...)"
             )
         return None
-    if is_sharded(base):
-        return None if weight.dtype in MERGEABLE else f"its base weight is a DTensor of {weight.dtype}"
+    if is_sharded(base) and weight.dtype not in MERGEABLE:
+        return f"its base weight is a DTensor of {weight.dtype}"
     if not isinstance(weight, Tensor):
         return f"its base layer is a {type(base).__name__} without a weight tensor (quantized?)"
-    if not is_plain(weight):
+    if not is_sharded(base) and not is_plain(weight):
         return f"its base weight is a {type(weight).__name__} of {weight.dtype} (quantized?)"
+    if has_own_forward(base):
+        return (
+            f"its base layer is a {type(base).__name__} with a forward of its own, in which reflecting the weight may "
+            "be another thing than reflecting the input, on which the adapter was trained"
+        )
     return None
+
+
+def has_own_forward(base: nn.Module) -> bool:
+    """Whether a linear layer or an embedding runs another forward than its kind's: then W Q there may mean anything.
+
+    Not counted are accelerate's hook, which only moves tensors, and an embedding that scales its output, as its
+    attribute `embed_scale` says. Quantized layers, whose packages know their weight, are not to be asked about, nor
+    convolutions, where the adapter itself is W Q in their own forward.
+    """
+    kind = next((kind for kind in (nn.Linear, Conv1D, nn.Embedding) if isinstance(base, kind)), None)
+    if kind is None or (kind is nn.Embedding and hasattr(base, "embed_scale")):
+        return False
+    forward = getattr(base, "_old_forward", base.forward)
+    return getattr(forward, "__func__", None) is not kind.forward
 
 
 def is_plain(weight: Any) -> bool:
@@ -148,56 +167,72 @@ class Weight:
 
 
 class PlainWeight(Weight):
-    """A floating-point parameter: (N, ...), or `transposed`, as in transformers' Conv1D (D, N)."""
+    """A floating-point parameter: (N, ...), or `transposed`, as in transformers' Conv1D (D, N). Written in place."""
 
     def __init__(self, parameter: Tensor, transposed: bool, where: str) -> None:
         super().__init__(parameter.dtype, parameter.device, where)
         self._weight, self._transposed = parameter, transposed
 
-    def read(self) -> Tensor:
-        """(N, ...), no copy."""
-        return self._weight.data.mT if self._transposed else self._weight.data
+    def read(self, kept: Tensor | None = None) -> Tensor:
+        """(N, ...), no copy; those of `kept`, which `write` gave, where it is given."""
+        weight = self._weight.detach() if kept is None else kept.to(self.device)
+        return weight.mT if self._transposed else weight
 
-    def write(self, rows: Tensor) -> None:
-        """rows: (N, ...) of the weight's dtype, which it becomes without a copy."""
-        self._weight.data = rows.mT if self._transposed else rows
+    def write(self, rows: Tensor) -> Tensor:
+        """Put rows in, and return what `restore` takes to bring the bits before back.
 
-    def keep(self) -> Tensor:
-        """What `restore` takes to bring the present bits back; no copy."""
-        return self._weight.data
+        Args:
+            rows: (N, ...) of the weight's dtype, in memory of their own, where the bits before are kept from now on.
+        """
+        with self._writable():
+            now = self.read()
+            for block in row_blocks(now):
+                before = now[block].clone()
+                now[block] = rows[block]
+                rows[block] = before
+        return rows.mT if self._transposed else rows
 
     def restore(self, kept: Tensor) -> None:
-        """Put back what `keep` gave, on the device where the weight is now."""
-        self._weight.data = kept.to(self._weight.device)
+        """Put back what `write` gave, on the device where the weight is now."""
+        with self._writable():
+            self._weight.detach().copy_(kept)
 
     def fingerprint(self) -> tuple:
         """Equal for equal bits; writes through `.data` leave no other trace."""
         return fingerprint(self._weight)
 
+    def _writable(self) -> torch.inference_mode:
+        return torch.inference_mode(self._weight.is_inference())
+
 
 class ShardedWeight(PlainWeight):
     """`PlainWeight` as a DTensor. Every rank must come here; each gathers the weight of this layer."""
 
-    def read(self) -> Tensor:
-        """(N, ...), whole."""
-        whole = self._weight.detach().full_tensor()
+    def read(self, kept: Tensor | None = None) -> Tensor:
+        """(N, ...), whole; those of `kept`, which `write` gave, where it is given."""
+        from torch.distributed.tensor import DTensor
+
+        weight = self._weight.detach()
+        if kept is not None:
+            mesh, placements, shape = weight.device_mesh, weight.placements, weight.shape
+            kept = kept.to(self.device)
+            weight = DTensor.from_local(kept, mesh, placements, run_check=False, shape=shape, stride=weight.stride())
+        whole = weight.full_tensor()
         return whole.mT if self._transposed else whole
 
-    def write(self, rows: Tensor) -> None:
-        """rows: (N, ...) of the weight's dtype, the same on every rank."""
+    def write(self, rows: Tensor) -> Tensor:
+        """rows: (N, ...) of the weight's dtype, the same on every rank. A copy of this rank's shard is returned."""
         from torch.distributed.tensor import DTensor, Replicate
 
         mesh, placements = self._weight.device_mesh, self._weight.placements
         whole = rows.mT.contiguous() if self._transposed else rows
         whole = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        before = self._weight.detach().to_local().clone()
         self.restore(whole.redistribute(placements=placements).to_local())
-
-    def keep(self) -> Tensor:
-        """What `restore` takes to bring the present bits back: a copy of this rank's shard."""
-        return self._weight.detach().to_local().clone()
+        return before
 
     def restore(self, kept: Tensor) -> None:
-        """Put back what `keep` gave, in place: FSDP2 holds on to the shard's memory."""
+        """Put back what `write` gave, in place: FSDP2 holds on to the shard's memory."""
         self._weight.detach().to_local().copy_(kept)
 
     def fingerprint(self) -> tuple:
@@ -221,12 +256,19 @@ class QuantizedWeight(Weight):
         super().__init__(torch.float32, (base.W_q if hasattr(base, "W_q") else base.weight).device, where)
         self._layer, self._backend = layer, backend
 
-    def read(self) -> Tensor:
-        """(N, D), dequantized, in the dtype that the format dequantizes to.
+    def read(self, kept: dict[str, Any] | None = None) -> Tensor:
+        """(N, D), dequantized, in the dtype that the format dequantizes to; of `kept`, from `write`, where it is given.
 
         Raises:
             NotImplementedError: the weight has a format that its package cannot dequantize, or is not quantized yet.
         """
+        if kept is not None:
+            now = self._keep()
+            self.restore(kept)
+            try:
+                return self.read()
+            finally:
+                self.restore(now)
         base = self._layer.get_base_layer()
         if _is_packed_for_cpu(base):
             base = copy.deepcopy(base)
@@ -239,12 +281,21 @@ class QuantizedWeight(Weight):
                 f"{self.where} (not quantized yet?): {error}"
             ) from error
 
-    def write(self, rows: Tensor) -> None:
-        """Quantize rows (N, D) as the layer's weight was.
+    def write(self, rows: Tensor) -> dict[str, Any]:
+        """Quantize rows (N, D) as the layer's weight was, and return what `restore` takes; no copy.
 
         Raises:
-            ValueError: what the quantized weight stands for is not finite.
+            ValueError: what the quantized weight stands for is not finite; the weight is as it was.
         """
+        kept = self._keep()
+        try:
+            self._quantize(rows)
+        except BaseException:
+            self.restore(kept)
+            raise
+        return kept
+
+    def _quantize(self, rows: Tensor) -> None:
         base = self._layer.get_base_layer()
         self._backend.set_base_weight(self._layer, rows)
         written = self._layer.get_base_layer()
@@ -254,8 +305,7 @@ class QuantizedWeight(Weight):
         if not self.read().isfinite().all():
             raise ValueError(f"the weight of {self.where} must be finite after quantization, it is not")
 
-    def keep(self) -> dict[str, Any]:
-        """What `restore` takes to bring the present bits back; no copy."""
+    def _keep(self) -> dict[str, Any]:
         base = self._layer.get_base_layer()
         kept = {"base": base, "weight": getattr(base, "weight", None)}
         # PEFT's bitsandbytes backends write into the attributes of the weight they replace, and into the layer's state
@@ -264,7 +314,7 @@ class QuantizedWeight(Weight):
         return kept
 
     def restore(self, kept: dict[str, Any]) -> None:
-        """Put back what `keep` gave, on the device where the weight is now."""
+        """Put back what `write` gave, on the device where the weight is now."""
         if kept["weight"] is None:
             self._layer.base_layer = kept["base"]
             return

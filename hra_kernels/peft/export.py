@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hra_kernels.ops import chain_factor
+from hra_kernels.peft.base_weight import has_own_forward
 from hra_kernels.peft.conv import ConvLayer, runs_own_code
 from hra_kernels.peft.embedding import HRAEmbedding
 from hra_kernels.peft.experts import ParamWrapper
 from hra_kernels.peft.layer import ReflectionLayer
-from hra_kernels.peft.linear import HRALinear
+from hra_kernels.peft.linear import HRALinear, HRAQuantizedLinear
 from hra_kernels.peft.names import plain_name
 from hra_kernels.peft.sharded import whole_vectors
 
@@ -95,13 +96,12 @@ def _require_same_forward(layer: ReflectionLayer) -> None:
             lacks = "knows nothing of the base layer's own forward or hooks"
         elif base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):
             lacks = f"has neither dilation (here {base.dilation}) nor padding modes (here {base.padding_mode!r})"
-    elif isinstance(layer, HRAEmbedding):
-        known = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
-        lacks = None if known else "knows nothing of the base layer's own forward, but for an attribute `embed_scale`"
+    elif not isinstance(layer, HRAQuantizedLinear) and has_own_forward(base):
+        lacks = "adds to the output of the base layer, whose own forward may not be linear in its input and weight"
     if lacks:
+        instead = "Run the adapter as it is" if layer.why_not_mergeable() else "Merge it instead (merge_and_unload)"
         raise NotImplementedError(
-            f"{layer.describe()} cannot be exported: PEFT's LoRA layer {lacks}. Merge the adapter instead "
-            "(merge_and_unload), or exclude the layer."
+            f"{layer.describe()} cannot be exported: PEFT's LoRA layer {lacks}. {instead}, or exclude the layer."
         )
 
 

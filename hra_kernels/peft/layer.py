@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hra_kernels.factor_cache import FactorCache, KeepsFactors
-from hra_kernels.ops import reflect_chain
+from hra_kernels.ops import reflect_chain, wants_plain_ops
 from hra_kernels.peft import base_weight, merge
 from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.powers import PowerCache
@@ -226,15 +226,41 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
     # --- forward
 
+    def always_call(self) -> None:
+        """Have a hook: for that `nn.TransformerEncoderLayer` calls a layer whose weight it else reads in evaluation."""
+        if not self._forward_pre_hooks:
+            self.register_forward_pre_hook(_do_nothing)
+
     def _adapters_to_apply(self, adapter_names: list[str] | None = None) -> list[str]:
         """In PEFT's order: W Q_1 Q_2 ...; of a mixed batch, those on this layer that a sample names."""
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return []
         if adapter_names is not None:
             names = [name for name in self.hra_r if name in adapter_names]
         else:
-            names = [name for name in self.active_adapters if name in self.hra_r]
+            names = self.left_to_apply(self.merged_adapters)
         return [name for name in names if self._scale_of(name) != 0]
+
+    def left_to_apply(self, merged: Sequence[str]) -> list[str]:
+        """The active adapters of this layer that `forward` applies while these are merged, in this order.
+
+        Of W Q_A Q_B that is B where A is merged. Nothing where an adapter is merged that is not active: then the
+        merged weight is what was asked for.
+
+        Raises:
+            ValueError: an active adapter that is not merged comes before one that is.
+        """
+        active = [name for name in self.active_adapters if name in self.hra_r]
+        left = [name for name in active if name not in merged]
+        if not left or not set(merged) <= set(active):
+            return []
+        if active[: len(merged)] != list(merged):
+            raise ValueError(
+                f"HRA: {self.describe()} has the active adapters {active}, in the order of their product; while some "
+                f"of them are not merged, those that are must be the first ones, in this order, got {list(merged)}. "
+                "Merge the others first, or choose what is merged with set_adapter()"
+            )
+        return left
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer with the active adapters' reflections in its weight.
@@ -269,6 +295,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             result = self._mixed_forward(x, adapter_names, *args, **kwargs)
         else:
             result = self._adapted_forward(x, *self.chain(names), *args, **kwargs)
+            if len(self.hra_r) > 1:
+                _show_to_checkpoints([list(self.hra_r).index(name) for name in names], result)
         return result if x.dtype == given or torch.is_autocast_enabled(x.device.type) else result.to(given)
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
@@ -310,29 +338,33 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
     # --- merging
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the reflections into the base weight: W Q_1 Q_2 ..., computed in float32 (float64) and rounded once.
-
-        The original weight is kept while merged, so that `unmerge` restores its bits.
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep_original: bool = True
+    ) -> None:
+        """Put the reflections into the base weight, in place: W Q_1 Q_2 ..., in float32 (float64) and rounded once.
 
         Args:
             safe_merge: accepted for PEFT's sake: every merge of a layer is checked before its weight is touched.
-            adapter_names: which adapters, in this order; by default the active ones.
+            adapter_names: which adapters, in this order; by default the active ones. What remains of the active ones
+                stays applied in `forward`, if these come first among them.
+            keep_original: keep a copy of the weight while merged, so that `unmerge` restores its bits.
 
         Raises:
             ValueError: `hra_u` or the merged weight is not finite; the weight is left as it was.
-            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
+            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written, or a
+                linear layer or an embedding has a forward of its own.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hra_r]
         if names:
             self.require_mergeable(names)
-            self._merged = merge.merge(self.readable_weight(), names, *self.chain(names), self._merged)
+            self._merged = merge.merge(self.readable_weight(), names, *self.chain(names), self._merged, keep_original)
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Take all merged adapters out again: the original weight, bit for bit.
+        """Take all merged adapters out again, in place: the original weight, bit for bit.
 
-        Where the base weight was changed while merged, the reflections of the merge are undone on the changed weight.
+        Where no original was kept, or the weight was changed while merged, the reflections of the merge are undone on
+        the weight as it is, in float32 (float64) and rounded once.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -363,14 +395,16 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
         Raises:
             ValueError: an `hra_u`, or the merged weight, is not finite.
-            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written.
+            NotImplementedError: the base weight is not loaded, or quantized in a format that cannot be written, or a
+                linear layer or an embedding has a forward of its own.
         """
         reason = self.why_not_mergeable()
         if reason:
             raise NotImplementedError(
                 f"HRA cannot merge into {self.describe()}: {reason}. Supported are plain float32, float64, bfloat16 "
-                "and float16 weights and, with PEFT 0.20 or newer, bitsandbytes, HQQ and torchao layers; run the "
-                "adapter unmerged, or merge it into an unquantized copy of the model."
+                "and float16 weights in layers that run the forward of their kind and, with PEFT 0.20 or newer, "
+                "bitsandbytes, HQQ and torchao layers; run the adapter unmerged, exclude the layer "
+                "(exclude_modules), or merge into an unquantized copy of the model."
             )
         us, apply_gs = self.chain(names)
         for name, u in zip(names, whole_vectors(us), strict=True):
@@ -378,3 +412,21 @@ class ReflectionLayer(KeepsFactors, HRALayer):
                 raise merge.broken([name], "its hra_u holds NaN or infinity", self.describe())
         if safe_merge:
             merge.require_finite_result(self.readable_weight(), names, us, apply_gs)
+
+
+def _do_nothing(module: nn.Module, args: tuple) -> None:
+    """A forward pre-hook."""
+
+
+def _show_to_checkpoints(adapters: list[int], result: Any) -> None:
+    """Save an empty tensor with these sizes in the graph behind a layer's result.
+
+    `torch.utils.checkpoint` compares the shapes of what a forward and its recomputation save: so it raises where other
+    adapters have been activated in between, whose vectors may well have the same shapes.
+    """
+    if torch.compiler.is_compiling() or wants_plain_ops():
+        return
+    outputs = result if isinstance(result, tuple) else (result,)
+    node = next((y.grad_fn for y in outputs if isinstance(y, Tensor) and y.grad_fn is not None), None)
+    if node is not None:
+        node.metadata["hra_active_adapters"] = torch.empty(0, *adapters, requires_grad=True).square()

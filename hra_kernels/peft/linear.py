@@ -32,7 +32,13 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
         base = self.get_base_layer()
         if not sharded.is_sharded(base):
             factor = self._factors.get(us, apply_gs, x.dtype)
-            return self.base_layer(reflect_chain(x, us, apply_gs, factor, transpose=True), *args, **kwargs)
+            if x.is_nested and x.layout == torch.strided:  # nn.TransformerEncoder makes these of padded batches
+                x = torch.nested.as_nested_tensor(
+                    [reflect_chain(part, us, apply_gs, factor, transpose=True) for part in x.unbind()]
+                )
+            else:
+                x = reflect_chain(x, us, apply_gs, factor, transpose=True)
+            return self.base_layer(x, *args, **kwargs)
         if self.base_layer is not base:  # another adapter's layer, whose part of the work would miss the reflections
             raise NotImplementedError(
                 f"HRA: {self.describe()} is over a {type(self.base_layer).__name__} with a sharded weight, which "

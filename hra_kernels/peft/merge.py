@@ -1,10 +1,11 @@
 """Merging reflections into a weight and taking them out again.
 
     merge     W <- W Q_1 Q_2 ...      in float32 (float64 for a float64 weight) by blocks of rows, rounded once
-    unmerge   W <- the tensor that was there before; W Qᵀ where the weight has been changed since
+    unmerge   W <- the bits that were there before; W Qᵀ where they were not kept, or the weight was changed since
 
-A quantized weight is dequantized, merged and quantized again. Extra memory: the original weight as stored, while
-merged, and one block of rows; for a quantized weight also two floating-point copies for a moment. Nothing is (D, D).
+Both write into the memory of W. A quantized weight is dequantized, merged and quantized again, into new memory. Extra
+memory: the original weight as stored, while merged (for a moment only, where it is not kept), and one block of rows;
+for a quantized weight also two floating-point copies for a moment. Nothing is (D, D).
 """
 
 from collections.abc import Sequence
@@ -25,10 +26,13 @@ Factors = list[tuple[Tensor, Tensor]]
 
 @dataclass
 class Merged:
-    """What `unmerge` needs: the weight before, what the merged weight was, and the factors in the order of merging."""
+    """What `unmerge` needs: the weight before, what the merged weight was, and the factors in the order of merging.
+
+    Without an original there is no fingerprint either.
+    """
 
     original: Any | None
-    fingerprint: tuple
+    fingerprint: tuple | None
     merges: list[Factors]
     sharded: bool
 
@@ -44,12 +48,17 @@ def broken(names: Sequence[str], why: str, where: str) -> ValueError:
 @torch.no_grad()
 def require_finite_result(weight: Weight, names: Sequence[str], us: Sequence[Tensor], apply_gs: Sequence[bool]) -> None:
     """Raise ValueError where `merge` would not give a finite weight. Computes it, and keeps nothing."""
-    _merged_rows(weight, names, [_factors(weight, us, apply_gs)])
+    _merged_rows(weight, weight.read(), names, [_factors(weight, us, apply_gs)])
 
 
 @torch.no_grad()
 def merge(
-    weight: Weight, names: Sequence[str], us: Sequence[Tensor], apply_gs: Sequence[bool], before: Merged | None
+    weight: Weight,
+    names: Sequence[str],
+    us: Sequence[Tensor],
+    apply_gs: Sequence[bool],
+    before: Merged | None,
+    keep_original: bool = True,
 ) -> Merged:
     """Merge chains into a weight.
 
@@ -59,6 +68,7 @@ def merge(
         us: their vectors in the order of the product, (D, r), or (E, D, r) for experts; FSDP2's shards are gathered.
         apply_gs: for each, whether its chain is that of its Gram-Schmidt basis.
         before: what the last merge into this weight gave, if it still holds.
+        keep_original: keep a copy of the weight from before the first merge, so that `unmerge` restores its bits.
 
     Returns:
         What `unmerge` wants: it takes this merge and those before it out.
@@ -66,25 +76,30 @@ def merge(
     Raises:
         ValueError: the merged weight is not finite.
     """
-    pending, current = [_factors(weight, us, apply_gs)], weight.keep()
-    original, merges = current, pending
-    if before is not None:
-        original = before.original if before.fingerprint == weight.fingerprint() else None
-        merges = [*before.merges, *pending]
-    try:
-        if before is not None and original is not None:  # one rounding for all: start again from the original
-            weight.restore(original)
-            pending = merges
-        weight.write(_merged_rows(weight, names, pending))
-    except BaseException:
-        weight.restore(current)
-        raise
-    return Merged(original, weight.fingerprint(), merges, isinstance(weight, ShardedWeight))
+    pending = [_factors(weight, us, apply_gs)]
+    merges = pending if before is None else [*before.merges, *pending]
+    sharded = isinstance(weight, ShardedWeight)
+    original = _unchanged_original(weight, before) if before is not None else None
+    if original is not None:  # one rounding for all: start again from the original
+        weight.write(_merged_rows(weight, weight.read(original), names, merges))
+    else:
+        replaced = weight.write(_merged_rows(weight, weight.read(), names, pending))
+        original = replaced if before is None else None
+    if original is None or not keep_original:
+        return Merged(None, None, merges, sharded)
+    return Merged(original, weight.fingerprint(), merges, sharded)
+
+
+def _unchanged_original(weight: Weight, state: Merged) -> Any | None:
+    """The kept original, where the weight is still what the merge made of it."""
+    return state.original if state.original is not None and state.fingerprint == weight.fingerprint() else None
 
 
 @torch.no_grad()
 def unmerge(weight: Weight, state: Merged) -> None:
-    """Take out what `merge` put in: the original, bit for bit, unless the weight was changed since.
+    """Take out what `merge` put in: the original, bit for bit, if it was kept and the weight was not changed since.
+
+    Else the reflections are undone in float32 (float64) on the weight as it is: one more rounding of it.
 
     Raises:
         RuntimeError: the weight was merged as shards and is whole now.
@@ -94,10 +109,11 @@ def unmerge(weight: Weight, state: Merged) -> None:
             f"HRA: {weight.where} was merged while its weight was sharded, and FSDP has gathered it for a forward "
             "since; call unmerge_adapter() on the model, before disabling or switching adapters"
         )
-    if state.original is not None and state.fingerprint == weight.fingerprint():
-        weight.restore(state.original)
+    original = _unchanged_original(weight, state)
+    if original is not None:
+        weight.restore(original)
     else:
-        weight.write(_reflected(weight, state.merges, inverse=True))
+        weight.write(_reflected(weight, weight.read(), state.merges, inverse=True))
 
 
 def _factors(weight: Weight, us: Sequence[Tensor], apply_gs: Sequence[bool]) -> Factors:
@@ -105,16 +121,15 @@ def _factors(weight: Weight, us: Sequence[Tensor], apply_gs: Sequence[bool]) -> 
     return [chain_factor(chain, apply_gs, weight.dtype) for chain in chains]
 
 
-def _merged_rows(weight: Weight, names: Sequence[str], merges: list[Factors]) -> Tensor:
-    merged = _reflected(weight, merges, inverse=False)
+def _merged_rows(weight: Weight, rows: Tensor, names: Sequence[str], merges: list[Factors]) -> Tensor:
+    merged = _reflected(weight, rows, merges, inverse=False)
     if not all(merged[rows].isfinite().all() for rows in row_blocks(merged)):
         raise broken(names, "the base weight is not finite, or the result is out of its dtype's range", weight.where)
     return merged
 
 
-def _reflected(weight: Weight, merges: list[Factors], inverse: bool) -> Tensor:
+def _reflected(weight: Weight, rows: Tensor, merges: list[Factors], inverse: bool) -> Tensor:
     """The weight's rows times Q, or Qᵀ if inverse, as a new tensor of their dtype and memory format."""
-    rows = weight.read()
     result, wide = torch.empty_like(rows), factor_dtype(weight.dtype)
     for part, out, factors in zip(weight.parts(rows), weight.parts(result), zip(*merges, strict=True), strict=True):
         v, t = join_factors([(v.to(weight.device, wide), t.to(weight.device, wide)) for v, t in factors])

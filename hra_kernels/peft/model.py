@@ -1,6 +1,7 @@
 """PEFT's HRA model, building this package's layers."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from peft.tuners.hra.model import HRAModel as PeftHRAModel
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -53,6 +54,37 @@ class HRAModel(PeftHRAModel):
     _refilled_after: int = -1
     """`optimizer_steps()` when the layers' factors were last computed together."""
 
+    _passed_over: frozenset[str] = frozenset()
+    """Modules that the configuration now being applied matches, and that cannot be adapted."""
+
+    def _prepare_model(self, config: Any, model: nn.Module) -> None:
+        """As PEFT's, before an adapter is added. What cannot be adapted is passed over, unless named in full."""
+        super()._prepare_model(config, model)
+        named = config.target_modules
+        config = _maybe_include_all_linear_layers(config, model)
+        self._passed_over = frozenset()
+        uncalled = {
+            f"{name}.{child}" if name else child
+            for name, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for child, _ in module.named_children()
+        }
+        in_full = {named} if isinstance(named, str) else set(named or ())
+        found = sorted(name for name in uncalled - in_full if self._check_target_module_exists(config, name))
+        if config.target_modules is not named:  # "all-linear" is saved as the names that it stands for
+            config.target_modules = set(config.target_modules).difference(found)
+        if found:
+            self._passed_over = frozenset(found)
+            warnings.warn(
+                f"HRA passes over {', '.join(found)}: nn.MultiheadAttention uses that weight without calling the "
+                "layer, so an adapter there would have no effect. All else is adapted; to say that this is meant, "
+                f"set exclude_modules={found}.",
+                stacklevel=2,
+            )
+
+    def _check_target_module_exists(self, config: Any, key: str) -> Any:
+        return key not in self._passed_over and super()._check_target_module_exists(config, key)
+
     def _create_and_replace(
         self,
         hra_config: Any,
@@ -81,6 +113,8 @@ class HRAModel(PeftHRAModel):
                     layer.requires_grad_(False)
                 self._replace_module(parent, target_name, layer, target)
         if isinstance(layer, ReflectionLayer):
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                layer.always_call()
             layer.name_in_model = current_key
             layer.torchao_configuration = torchao_configuration(self.model)
             if adapter_name == _REFERENCE and hra_config is self.peft_config.get(_POLICY):
@@ -214,17 +248,30 @@ class HRAModel(PeftHRAModel):
         return [module for module in self.model.modules() if isinstance(module, ReflectionLayer)]
 
     def merge_adapter(
-        self, adapter_names: list[str] | None = None, safe_merge: bool = False, progressbar: bool = False
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        progressbar: bool = False,
+        keep_original: bool = True,
     ) -> None:
         """As PEFT's; all layers are checked before the first one is merged, and a failure undoes those before it.
 
+        Weights are written in place: whoever else holds their memory sees the merge.
+
         Args:
+            adapter_names: by default the active ones. The other active ones stay applied.
             progressbar: show one, as `merge_and_unload` does.
+            keep_original: keep a copy of each weight, so that `unmerge_adapter` restores its bits. Without one it
+                undoes the reflections in float32 (float64) and rounds once more.
 
         Raises:
-            ValueError: an `hra_u` or a merged weight is not finite, or a weight is tied to one that is not merged.
+            ValueError: an `hra_u` or a merged weight is not finite, a weight is tied to one that is not merged, or
+                `adapter_names` leaves out an active adapter that comes before one of them.
             NotImplementedError: a base weight is not loaded, or quantized in a format that cannot be written.
         """
+        for layer in self._layers():
+            asked = layer.active_adapters if adapter_names is None else adapter_names
+            layer.left_to_apply(list(dict.fromkeys([*layer.merged_adapters, *(n for n in asked if n in layer.hra_r)])))
         self._check_merge_possible(adapter_names)
         self._check_merge_allowed()
         merged: list[tuple[BaseTunerLayer, list[str]]] = []
@@ -232,8 +279,9 @@ class HRAModel(PeftHRAModel):
         try:
             for layer in tqdm(layers, disable=not progressbar, desc="Merging adapters"):
                 merged.append((layer, list(layer.merged_adapters)))
+                settings = {"keep_original": keep_original} if isinstance(layer, ReflectionLayer) else {}
                 with onload_layer(layer):
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge, **settings)
         except BaseException:
             for layer, names in merged:
                 if layer.merged_adapters != names:

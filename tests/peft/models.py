@@ -37,7 +37,14 @@ def seeded(make, seed: int = 0):
 
 def config(targets=ALL_LAYERS, **settings) -> HRAConfig:
     """An HRAConfig away from the identity (r=4, independent columns) unless told otherwise."""
-    return HRAConfig(**{"r": 4, "init_weights": False, "target_modules": list(targets), **settings})
+    return HRAConfig(
+        **{
+            "r": 4,
+            "init_weights": False,
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            **settings,
+        }
+    )
 
 
 def adapt(model: nn.Module, ours: bool = True, seed: int = 1, **settings) -> nn.Module:

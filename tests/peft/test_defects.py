@@ -1,6 +1,7 @@
 """What PEFT's own HRA gets wrong or refuses, right here: one test each (convolutions: `test_defects_conv.py`)."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
 import hra_kernels.peft
+from hra_kernels.peft import HRALinear
 from hra_kernels.testing.tolerance import orthogonality, relative, rounding
 from tests.peft.models import (
     Net,
@@ -126,11 +128,41 @@ class Attends(nn.Module):
         return self.out_proj(self.attention(x, x, x)[0])
 
 
-def test_multihead_attention_out_proj():
-    with pytest.raises(NotImplementedError, match=r"'attention.out_proj'.*exclude_modules=\['attention.out_proj'\]"):
-        adapt(Attends(), targets=["out_proj"])
-    model = adapt(Attends(), targets=["out_proj"], exclude_modules=["attention.out_proj"])
+PASSED_OVER = r"HRA passes over attention.out_proj: .*exclude_modules=\['attention.out_proj'\]"
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "ALL-LINEAR", ".*out_proj", ["out_proj"]])
+def test_multihead_attention_is_passed_over(targets, tmp_path):
+    """It uses its out_proj without calling it. A match by anything but its full name leaves it out, and warns."""
+    with pytest.warns(UserWarning, match=PASSED_OVER) as caught:
+        model = adapt(Attends(), targets=targets)
+    assert sum("passes over" in str(warning.message) for warning in caught) == 1
+    net = model.base_model.model
+    assert isinstance(net.out_proj, HRALinear) and not isinstance(net.attention.out_proj, HRALinear)
+    assert model.targeted_module_names == ["out_proj"]
     assert model(torch.randn(3, 2, 16)).shape == (3, 2, 16)
+    model.save_pretrained(tmp_path)
+    with hra_kernels.peft.enabled(), pytest.warns(UserWarning, match=PASSED_OVER):
+        again = PeftModel.from_pretrained(Attends(), tmp_path)
+    assert torch.equal(again.base_model.model.out_proj.hra_u["default"], net.out_proj.hra_u["default"])
+
+
+@pytest.mark.parametrize("targets", ["attention.out_proj", ["attention.out_proj", "out_proj"]])
+def test_multihead_attention_named_in_full(targets):
+    with pytest.raises(NotImplementedError, match=r"'attention.out_proj'.*exclude_modules=\['attention.out_proj'\]"):
+        adapt(Attends(), targets=targets)
+
+
+def test_multihead_attention_excluded():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = adapt(Attends(), targets=["out_proj"], exclude_modules=["attention.out_proj"])
+    assert model(torch.randn(3, 2, 16)).shape == (3, 2, 16)
+
+
+def test_multihead_attention_alone():
+    with pytest.warns(UserWarning, match=PASSED_OVER), pytest.raises(ValueError, match="not found in the base model"):
+        adapt(nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2)}), targets=["out_proj"])
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from hra_kernels.testing.tolerance import relative, rounding
 from tests.peft.models import Net, adapt, config, layer_of, seeded
@@ -152,6 +152,25 @@ def test_activation_checkpointing(model, use_reentrant):
     expected = torch.autograd.grad(model(x), inputs, dy)
     checkpoint(model, x, use_reentrant=use_reentrant).backward(dy)
     assert all(torch.equal(one.grad, other) for one, other in zip(inputs, expected, strict=True))
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("first, second", [("default", "b"), (["default", "b"], ["b", "default"])])
+def test_other_adapters_between_a_forward_and_its_recomputation(trainable, first, second):
+    """Their vectors have the same shapes; PyTorch's own comparison must tell them apart."""
+    model = adapt(seeded(Net))
+    model.add_adapter("b", config())
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+
+    def forward(names):
+        model.base_model.set_adapter(names, inference_mode=not trainable)
+        return checkpoint(model, x, use_reentrant=False)
+
+    y = forward(first)
+    forward(second).sum().backward()
+    with pytest.raises(CheckpointError, match="different metadata"):
+        y.sum().backward()
+    forward(first).sum().backward()
 
 
 def test_autograd_hooks_offload_saved_tensors(model):
