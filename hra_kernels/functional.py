@@ -67,7 +67,7 @@ def hra_linear(
         w: (N, D), x's dtype; float32, float64, bfloat16 or float16. Under autocast x is cast as `F.linear` would.
         u: (D, R) raw vectors, or several such for Q_1 Q_2 ...; any floating dtype (float32 is what HRA trains).
         bias: (N,).
-        apply_gs: Gram-Schmidt first; one flag, or one a chain.
+        apply_gs: Gram-Schmidt first; one flag, or one per chain.
         factor: `ops.chain_factor` of u where the caller kept it.
 
     Returns:

@@ -109,7 +109,7 @@ def accept_adapter_names(
     Args:
         model: the base model, in evaluation mode.
         tuner_layers: its adapted layers.
-        adapter_names: one a sample.
+        adapter_names: one per sample.
         num_beams: as given to `generate`. Samples are repeated as often, but not for an encoder.
 
     Raises:

@@ -228,8 +228,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
     def always_call(self) -> None:
         """Have a hook: for that `nn.TransformerEncoderLayer` calls a layer whose weight it else reads in evaluation."""
-        if not self._forward_pre_hooks:
-            self.register_forward_pre_hook(_do_nothing)
+        if not self._forward_hooks:  # not a pre-hook: that could bring parameters, and no factor would be kept for it
+            self.register_forward_hook(_do_nothing)
 
     def _adapters_to_apply(self, adapter_names: list[str] | None = None) -> list[str]:
         """In PEFT's order: W Q_1 Q_2 ...; of a mixed batch, those on this layer that a sample names."""
@@ -269,7 +269,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             x: the base layer's input. Outside autocast it is cast to the base weight's floating dtype, and the result
                 back to x's, unless `peft.helpers.disable_input_dtype_casting` is in force; under autocast it is cast
                 as the base layer itself would, and the result has the base layer's dtype.
-            args, kwargs: passed to the base layer as they are. But `adapter_names`, one a sample of the batch, chooses
+            args, kwargs: passed to the base layer as they are. But `adapter_names`, one per sample, chooses
                 for each sample one adapter, or none by the name "__base__", in place of the active ones.
 
         With no adapter active on this layer, or on a sample, the result is the base layer's, bit for bit.
@@ -414,8 +414,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             merge.require_finite_result(self.readable_weight(), names, us, apply_gs)
 
 
-def _do_nothing(module: nn.Module, args: tuple) -> None:
-    """A forward pre-hook."""
+def _do_nothing(module: nn.Module, args: tuple, output: Any) -> None:
+    """A forward hook."""
 
 
 def _show_to_checkpoints(adapters: list[int], result: Any) -> None:
