@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hra_kernels.factors import factor_dtype, join_factors
 from hra_kernels.ops import chain_factor, reflect
-from hra_kernels.peft.base_weight import ShardedWeight, Weight, row_blocks
+from hra_kernels.peft.base_weight import ShardedWeight, Weight, is_plain, row_blocks
 from hra_kernels.peft.sharded import whole_vectors
 
 Factors = list[tuple[Tensor, Tensor]]
@@ -141,9 +141,15 @@ def _reflected(weight: Weight, rows: Tensor, merges: list[Factors], inverse: boo
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """{id of a parameter: the names of the modules that hold it}, where there are several."""
+    """{`memory_of` a parameter: the names of the modules that hold it}, where there are several."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders.setdefault(id(parameter), []).append(name)
+            holders.setdefault(memory_of(parameter), []).append(name)
     return {key: names for key, names in holders.items() if len(names) > 1}
+
+
+def memory_of(parameter: Tensor | None) -> int:
+    """Equal for parameters that a merge in place would change together: one parameter, or two over one memory."""
+    address = parameter.data_ptr() if is_plain(parameter) and parameter.numel() else 0
+    return address or id(parameter)

@@ -22,7 +22,7 @@ from hra_kernels.peft.embedding import HRAEmbedding
 from hra_kernels.peft.experts import wrap_parameter
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.linear import HRALinear, HRAQuantizedLinear
-from hra_kernels.peft.merge import shared_parameters
+from hra_kernels.peft.merge import memory_of, shared_parameters
 from hra_kernels.peft.names import plain_name
 from hra_kernels.peft.sharded import give_back_gathered_weights
 from hra_kernels.peft.weighted import add_weighted_adapter
@@ -227,7 +227,7 @@ class HRAModel(PeftHRAModel):
     def _check_merge_allowed(self) -> None:
         shared = shared_parameters(self.model)
         for layer in self._layers():
-            names = shared.get(id(layer.base_parameter()))
+            names = shared.get(memory_of(layer.base_parameter()))
             if names:
                 raise ValueError(
                     f"HRA cannot merge into {layer.describe()}: its weight is shared (tied) by {', '.join(names)}, "

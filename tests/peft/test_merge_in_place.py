@@ -97,6 +97,15 @@ def test_backward_across_a_merge_is_an_error():
         y.sum().backward()
 
 
+def test_memory_shared_by_two_parameters():
+    """Tied through `.data`: a merge into one would change the other, which has no adapter."""
+    model = adapt(nn.Sequential(linear(20, 20), linear(20, 20)), targets=["0"])
+    adapted, other = model.base_model.model
+    other.weight.data = adapted.base_layer.weight.data
+    with pytest.raises(ValueError, match=r"layer '0'.*shared \(tied\) by 0.base_layer, 1,"):
+        model.merge_adapter()
+
+
 # --- without a copy ---------------------------------------------------------------------------------------------------
 
 
