@@ -14,9 +14,14 @@ from torch import Tensor, nn
 
 
 def held(module: nn.Module, name: str) -> Any:
-    """The module's parameter as it is now; None where it has none. DeepSpeed gathers at any other access."""
-    found = module._parameters.get(name)
-    return getattr(module, name, None) if found is None else found
+    """What the module itself has by this name now, or None.
+
+    At any other access DeepSpeed gathers a parameter; wrappers (FSDP's, a compiled module) give what they wrap has.
+    """
+    for place in (module._parameters, module._modules, vars(module)):
+        if place.get(name) is not None:
+            return place.get(name)
+    return getattr(module, name) if hasattr(type(module), name) else None
 
 
 def is_whole(parameter: Tensor) -> bool:

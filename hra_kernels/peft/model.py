@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from peft.tuners.hra.model import HRAModel as PeftHRAModel
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -129,6 +130,25 @@ class HRAModel(PeftHRAModel):
             layer.torchao_configuration = torchao_configuration(self.model)
             if adapter_name == _REFERENCE and hra_config is self.peft_config.get(_POLICY):
                 layer.copy_adapter(_POLICY, _REFERENCE)
+            self._tie(layer, adapter_name)
+
+    def _tie(self, layer: ReflectionLayer, adapter_name: str) -> None:
+        """Give a layer the vectors of the token embeddings, where `ensure_weight_tying` is to keep both tied."""
+        if self._check_tied_module_exists(self.peft_config[adapter_name], layer.name_in_model):
+            layer.hra_u[adapter_name] = self.model.get_input_embeddings().hra_u[adapter_name]
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_targets_to_tie(self, peft_config, tied_weight_keys)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_modules_to_save_to_tie(self, peft_config, tied_weight_keys)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT's, which calls this after loading, where low_cpu_mem_usage has replaced the parameters."""
+        for layer in self._layers():
+            if adapter_name in layer.hra_u:
+                self._tie(layer, adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """As PEFT's. Where wrappers of parameters are nested is part of the names in a file, for all adapters alike."""
