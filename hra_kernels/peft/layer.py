@@ -420,7 +420,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
                 "(exclude_modules), or merge into an unquantized copy of the model."
             )
         us, apply_gs = self.chain(names)
-        for name, u in zip(names, whole_vectors(us), strict=True):
+        for name, u in zip(names, whole_vectors(us, self.describe()), strict=True):
             if not u.isfinite().all():
                 raise merge.broken([name], "its hra_u holds NaN or infinity", self.describe())
         if safe_merge:

@@ -39,6 +39,10 @@ def partitioned():
     return model
 
 
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def images():
     return seeded(lambda: torch.randn(2, 3, 8, 8), 5)
 
@@ -60,6 +64,11 @@ def test_parts_are_not_saved(partitioned, tmp_path):
 def test_parts_are_not_merged(partitioned):
     with pytest.raises(NotImplementedError, match=r"'conv'.* its base weight is partitioned"):
         partitioned.merge_adapter()
+
+
+def test_parts_are_not_exported(partitioned, tmp_path):
+    with pytest.raises(RuntimeError, match=r"layer 'conv'.*: hra_u must be whole, got .*\(0,\)"):
+        hra_kernels.peft.export_lora(partitioned, tmp_path)
 
 
 def test_penalty_of_parts(partitioned):
@@ -98,8 +107,13 @@ def test_files_with_unaligned_tensors(tmp_path, low_cpu_mem_usage):
     model.save_pretrained(tmp_path)
     unaligned_file(tmp_path / "adapter_model.safetensors", get_peft_model_state_dict(model))
     with hra_kernels.peft.enabled():
-        loaded = PeftModel.from_pretrained(seeded(Net), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(loaded(images()), model(images()))
+        settings = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": True}
+        loaded = PeftModel.from_pretrained(seeded(Net), tmp_path, **settings)
+    outputs = [one(images()) for one in (loaded, model)]
+    assert torch.equal(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(trained(loaded), trained(model), strict=True))
 
 
 def offloaded(how, folder):
