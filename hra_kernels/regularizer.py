@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from hra_kernels.partition import gathered, held, whole
+
 
 def orthogonality_penalty(us: Iterable[Tensor]) -> Tensor:
     """Σ ‖I - ûᵀû‖_F over several u (D, R): a scalar to be multiplied by λ and added to the loss. Differentiable.
@@ -47,20 +49,26 @@ def model_orthogonality_penalty(model: nn.Module, adapter_name: str | None = Non
         model: any module.
         adapter_name: with PEFT, which adapter; by default each layer's active ones.
 
+    Under FSDP2 and DeepSpeed ZeRO-3 the vectors are gathered, with gradient; every rank must come here.
+
     Raises:
         ValueError: no layer has such an adapter.
+        RuntimeError: FSDP1 has the vectors in parts (it gathers those of its root alone for longer than a forward).
     """
-    us = []
-    for module in model.modules():
-        u = getattr(module, "hra_u", None)
+    us: dict[str, Tensor] = {}
+    for module_name, module in model.named_modules():
+        u = held(module, "hra_u")
         if isinstance(u, nn.ParameterDict):
             names = module.active_adapters if adapter_name is None else [adapter_name]
-            for name in names:
-                if name in u:  # (D, R), or a chain for each expert, (E, D, R)
-                    us += [u[name]] if u[name].dim() == 2 else u[name].unbind(0)
+            us.update((f"{module_name}.hra_u.{name}", held(u, name)) for name in names if name in u)
         elif isinstance(u, Tensor):
-            us.append(u)
+            us[f"{module_name}.hra_u"] = u
     if not us:
         wanted = "active adapter" if adapter_name is None else f"adapter {adapter_name!r}"
         raise ValueError(f"model_orthogonality_penalty: the model must have HRA layers with an {wanted}, it has none")
-    return orthogonality_penalty(us)
+    with gathered(us.values()):
+        chains: list[Tensor] = []
+        for name, parameter in us.items():
+            u = whole(parameter, "model_orthogonality_penalty", name)
+            chains += [u] if u.dim() == 2 else u.unbind(0)  # (D, R), or a chain for each expert, (E, D, R)
+        return orthogonality_penalty(chains)

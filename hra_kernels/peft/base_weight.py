@@ -18,6 +18,7 @@ from peft.tuners.hra.layer import HRALayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hra_kernels.partition import is_whole
 from hra_kernels.peft.sharded import is_sharded
 
 try:
@@ -35,6 +36,11 @@ _BLOCK = 2**22
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate loads this module's own parameters around its forward, and only then."""
     return getattr(getattr(module, "_hf_hook", None), "offload", False)
+
+
+def runs_on(module: nn.Module) -> torch.device | None:
+    """The device that accelerate loads this module's parameters to; None where it does not."""
+    return torch.device(module._hf_hook.execution_device) if is_offloaded(module) else None
 
 
 def loaded(module: nn.Module) -> AbstractContextManager[None]:
@@ -104,6 +110,11 @@ def why_not_mergeable(base: nn.Module, requantize: Callable[[], Any] | None = No
                 "through transformers with quantization_config=TorchAoConfig(...)"
             )
         return None
+    if isinstance(weight, nn.Parameter) and is_plain(weight) and not is_whole(weight):
+        return (
+            "its base weight is partitioned: gather it around the merge, with FSDP.summon_full_params (FSDP1) or "
+            "deepspeed.zero.GatheredParameters (DeepSpeed ZeRO-3)"
+        )
     if is_sharded(base) and weight.dtype not in MERGEABLE:
         return f"its base weight is a DTensor of {weight.dtype}"
     if not isinstance(weight, Tensor):

@@ -17,7 +17,7 @@ from hra_kernels.factors import stack_factors
 from hra_kernels.functional import hra_weight
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import attach_factor, in_factor_dtype
-from hra_kernels.peft.base_weight import ParameterWeight, is_plain
+from hra_kernels.peft.base_weight import ParameterWeight, is_plain, runs_on
 from hra_kernels.peft.layer import ReflectionLayer
 
 
@@ -84,7 +84,8 @@ class ParamWrapper(ReflectionLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         parameter, u = self.base_parameter(), self.hra_u[adapter_name]
         if not u.is_meta:
-            self.hra_u[adapter_name] = nn.Parameter(u.detach().to(device or parameter.device, parameter.dtype))
+            device = device or runs_on(self.get_base_layer()) or parameter.device
+            self.hra_u[adapter_name] = nn.Parameter(u.detach().to(device, parameter.dtype))
 
     def get_delta_weight(self, adapter_name: str, reverse: bool = False) -> Tensor:
         """Not for parameters: a dense Q for each expert has no use in PEFT."""

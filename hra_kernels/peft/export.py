@@ -63,7 +63,7 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
     if layer.merged:
         raise ValueError(f"{layer.describe()} is merged; call unmerge_adapter() before exporting")
     us, apply_gs = layer.chain(names)
-    us = whole_vectors(us)
+    us = whole_vectors(us, layer.describe())
     for name, u in zip(names, us, strict=True):
         if not u.isfinite().all():
             raise ValueError(f"{layer.describe()}: hra_u of adapter {name!r} must be finite, it holds NaN or infinity")

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from hra_kernels.factor_cache import FactorCache, KeepsFactors
 from hra_kernels.ops import reflect_chain, wants_plain_ops
+from hra_kernels.partition import gather_in_forward, held, is_whole
 from hra_kernels.peft import base_weight, merge
 from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.powers import PowerCache
@@ -115,9 +116,11 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
     def chain_to_refill(self) -> tuple[FactorCache, list[Tensor], list[bool]] | None:
         """What the next forward will ask of its cache (`factor_cache.refill`); None where that is not known ahead."""
-        if base_weight.is_offloaded(self.hra_u) or self.look_for_hooks(self.hra_u):
+        names = self._adapters_to_apply()
+        hidden = base_weight.is_offloaded(self.hra_u) or self.look_for_hooks(self.hra_u)
+        if hidden or not all(is_whole(held(self.hra_u, name)) for name in names):
             return None
-        return self._factors, *self.chain(self._adapters_to_apply())
+        return self._factors, *self.chain(names)
 
     def reset_hra_parameters(self, adapter_name: str) -> None:
         """PEFT's default initialization: pairs of equal columns, so that the layer starts as the base layer.
@@ -135,6 +138,14 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             self.reset_hra_parameters_random(adapter_name)
         else:
             super().reset_hra_parameters(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As PEFT's; to where the base layer runs, if accelerate keeps it elsewhere. Aligned, as files need not be."""
+        device = device or base_weight.runs_on(self.get_base_layer())
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        u = self.hra_u[adapter_name]
+        if type(u) is nn.Parameter and not u.is_meta and u.data_ptr() % u.element_size():
+            self.hra_u[adapter_name] = nn.Parameter(u.detach().clone(), u.requires_grad)
 
     def get_delta_weight(self, adapter_name: str, reverse: bool = False) -> Tensor:
         """Q = H_1 ... H_r of one adapter, dense (D, D) in the dtype of `hra_u`; H_r ... H_1 if reverse.
@@ -283,6 +294,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         self.look_for_hooks(self.hra_u)
+        if not torch.compiler.is_compiling():
+            gather_in_forward(self, [held(self.hra_u, name) for name in names])
         with base_weight.loaded(self.hra_u):
             return self._cast_forward(x, names, adapter_names, *args, **kwargs)
 
@@ -407,7 +420,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
                 "(exclude_modules), or merge into an unquantized copy of the model."
             )
         us, apply_gs = self.chain(names)
-        for name, u in zip(names, whole_vectors(us), strict=True):
+        for name, u in zip(names, whole_vectors(us, self.describe()), strict=True):
             if not u.isfinite().all():
                 raise merge.broken([name], "its hra_u holds NaN or infinity", self.describe())
         if safe_merge:

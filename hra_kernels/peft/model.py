@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from peft.tuners.hra.model import HRAModel as PeftHRAModel
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, onload_layer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hra_kernels.factor_cache import optimizer_steps, refill
+from hra_kernels.partition import held, whole
 from hra_kernels.peft.adapter_names import accept_adapter_names
-from hra_kernels.peft.base_weight import quantization_of, torchao_configuration
+from hra_kernels.peft.base_weight import is_offloaded, quantization_of, torchao_configuration
 from hra_kernels.peft.conv import conv_layer_class
 from hra_kernels.peft.embedding import HRAEmbedding
 from hra_kernels.peft.experts import wrap_parameter
@@ -43,6 +45,15 @@ def layer_class(base: nn.Module) -> type[ReflectionLayer] | None:
     if isinstance(base, nn.Linear | Conv1D):
         return HRALinear
     return HRAEmbedding if isinstance(base, nn.Embedding) else conv_layer_class(base)
+
+
+def names_in_state_dict(model: nn.Module) -> set[str]:
+    """Of all layers' vectors, without an adapter's name; FSDP takes the names of its wrappers out."""
+    return {
+        f"{name}.hra_u".replace("_fsdp_wrapped_module.", "")
+        for name, module in model.named_modules()
+        if isinstance(module, ReflectionLayer)
+    }
 
 
 class HRAModel(PeftHRAModel):
@@ -119,6 +130,25 @@ class HRAModel(PeftHRAModel):
             layer.torchao_configuration = torchao_configuration(self.model)
             if adapter_name == _REFERENCE and hra_config is self.peft_config.get(_POLICY):
                 layer.copy_adapter(_POLICY, _REFERENCE)
+            self._tie(layer, adapter_name)
+
+    def _tie(self, layer: ReflectionLayer, adapter_name: str) -> None:
+        """Give a layer the vectors of the token embeddings, where `ensure_weight_tying` is to keep both tied."""
+        if self._check_tied_module_exists(self.peft_config[adapter_name], layer.name_in_model):
+            layer.hra_u[adapter_name] = self.model.get_input_embeddings().hra_u[adapter_name]
+
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_targets_to_tie(self, peft_config, tied_weight_keys)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_modules_to_save_to_tie(self, peft_config, tied_weight_keys)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT's, which calls this after loading, where low_cpu_mem_usage has replaced the parameters."""
+        for layer in self._layers():
+            if adapter_name in layer.hra_u:
+                self._tie(layer, adapter_name)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _check_new_adapter_config(self, config: Any) -> None:
         """As PEFT's. Where wrappers of parameters are nested is part of the names in a file, for all adapters alike."""
@@ -137,11 +167,17 @@ class HRAModel(PeftHRAModel):
                 )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, which assigns `weight` even where a base layer comes back; quantized ones may have none."""
+        """As PEFT's, which assigns `weight` even where a base layer comes back; quantized ones may have none.
+
+        And it moves a new layer's vectors to where accelerate keeps the base weight, which may be no memory at all.
+        """
         if isinstance(child, ReflectionLayer) and new_module is child.get_base_layer():
             setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+            return
+        vectors = dict(new_module.hra_u) if isinstance(new_module, ReflectionLayer) else {}
+        super()._replace_module(parent, child_name, new_module, child)
+        if vectors and is_offloaded(new_module.get_base_layer()):
+            new_module.hra_u.update(vectors)
 
     @staticmethod
     def _create_new_module(hra_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -243,6 +279,48 @@ class HRAModel(PeftHRAModel):
             names = [name for name in names if name in layer.hra_r and name not in layer.merged_adapters]
             if names and not layer.is_loaded_to_merge():
                 layer.require_mergeable(names, safe_merge)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **other: Any
+    ) -> dict[str, Tensor]:
+        """As PEFT's, for wrapped models too: a state_dict has its names without those of FSDP's wrappers.
+
+        Raises:
+            ValueError: vectors of the adapter are partitioned, and were not gathered for this state_dict.
+        """
+        found = super()._get_adapter_state_dict(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **other
+        )
+        vectors = names_in_state_dict(model)
+        found.update((key, u) for key, u in state_dict.items() if key.rpartition(".")[0] in vectors)
+        for key, u in found.items():
+            if key.rpartition(".")[0] in vectors and u.dim() < 2:
+                raise ValueError(
+                    f"HRA cannot save adapter {adapter_name!r}: {key} must be whole, got a part of shape "
+                    f"{tuple(u.shape)}. Gather first: under DeepSpeed ZeRO-3 save inside "
+                    "deepspeed.zero.GatheredParameters(list(model.parameters())), under FSDP1 hand over state_dict=, a "
+                    "full state dict (FullStateDictConfig); accelerator.get_state_dict(model) is whole under both."
+                )
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, for wrapped models too (`_get_adapter_state_dict`).
+
+        Raises:
+            RuntimeError: DeepSpeed has the adapter's vectors in parts.
+        """
+        for layer in filter(lambda module: isinstance(module, ReflectionLayer), model.modules()):
+            if hasattr(held(layer.hra_u, adapter_name), "ds_id"):
+                whole(held(layer.hra_u, adapter_name), "HRA, loading", f"hra_u of {layer.describe()}")
+        vectors = names_in_state_dict(model)
+        state_dict = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        return {f"{key}.{adapter_name}" if key in vectors else key: tensor for key, tensor in state_dict.items()}
 
     def _layers(self) -> list[ReflectionLayer]:
         return [module for module in self.model.modules() if isinstance(module, ReflectionLayer)]

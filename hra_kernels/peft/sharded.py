@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hra_kernels import reference
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.ops import attach_factor, in_factor_dtype, reflect_chain
+from hra_kernels.partition import whole
 
 
 def is_sharded(base: nn.Module) -> bool:
@@ -29,9 +30,16 @@ def is_sharded(base: nn.Module) -> bool:
     return hasattr(getattr(base, "weight", None), "device_mesh")
 
 
-def whole_vectors(us: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, gathered from all ranks where FSDP2 has sharded them. Every rank must come here."""
-    return [u.full_tensor() if hasattr(u, "device_mesh") else u for u in us]
+def whole_vectors(us: Sequence[Tensor], where: str = "HRA") -> list[Tensor]:
+    """The same tensors, gathered from all ranks where FSDP2 has sharded them. Every rank must come here.
+
+    Args:
+        where: what errors call the layer.
+
+    Raises:
+        RuntimeError: FSDP1 or DeepSpeed ZeRO-3 has them in parts at present.
+    """
+    return [whole(u, where, "hra_u") for u in us]
 
 
 def call_base(base: nn.Module, reflect: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

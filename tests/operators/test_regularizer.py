@@ -93,3 +93,22 @@ def test_errors():
         orthogonality_penalty([])
     with pytest.raises(ValueError, match="HRA layers with an active adapter, it has none"):
         model_orthogonality_penalty(nn.Linear(2, 2))
+
+
+def test_a_wrapped_layer_counts_once():
+    """Wrappers hand on what the layer has: a compiled block, FSDP's modules."""
+    layer = HRALinear(nn.Linear(12, 8), r=4)
+    wrapped = nn.Sequential(torch.compile(layer))
+    assert torch.equal(model_orthogonality_penalty(wrapped), model_orthogonality_penalty(layer))
+
+
+def test_a_parametrized_vector_counts():
+    layer = HRALinear(nn.Linear(12, 8), r=4)
+    expected = 0.5 * layer.hra_u.detach() + layer.hra_u.detach().roll(1, 1)
+
+    class Mixed(nn.Module):
+        def forward(self, u):
+            return 0.5 * u + u.roll(1, 1)
+
+    nn.utils.parametrize.register_parametrization(layer, "hra_u", Mixed(), unsafe=True)
+    assert torch.equal(model_orthogonality_penalty(layer), orthogonality_penalty([expected]))

@@ -15,12 +15,16 @@ import traceback
 
 import torch
 import torch.distributed as dist
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+import hra_kernels.peft
+from hra_kernels.regularizer import model_orthogonality_penalty
 from hra_kernels.testing.tolerance import relative, rounding
 from tests.peft.models import Net, adapt, config, seeded
 
@@ -224,6 +228,58 @@ def fsdp2_non_finite_vectors(mesh):
     assert all(torch.equal(one.nan_to_num(7), other.nan_to_num(7)) for one, other in zip(after, before, strict=True))
 
 
+def fsdp2_penalty(mesh):
+    """The regularizer reads vectors that are sharded (lin0) and, after a forward, gathered (the root's)."""
+    exact = adapt(seeded(Net))
+    model = adapt(seeded(Net))
+    fully_shard(model.base_model.model.lin0, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x = normal(4, 3, 8, 8)
+    for one in (model, exact):
+        penalty = model_orthogonality_penalty(one)
+        assert relative(penalty, model_orthogonality_penalty(exact)) < FLOAT32
+        (one(x).square().sum() + model_orthogonality_penalty(one)).backward()
+    for one, other in zip(model.parameters(), exact.parameters(), strict=True):
+        assert other.grad is None or relative(whole(one.grad), other.grad) < FLOAT32
+
+
+def fsdp1(mesh):
+    """Training, saving whole and loading, with a layer in a unit of its own; what needs whole vectors says so."""
+    x, names = normal(4, 3, 8, 8), []
+    exact, inner = adapt(seeded(Net)), adapt(seeded(Net))
+    inner.base_model.model.lin0 = FSDP(inner.base_model.model.lin0, use_orig_params=True, device_id=torch.device("cpu"))
+    model = FSDP(inner, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 0.1) for m in (model, exact)]
+    for _ in range(2):
+        for one, optimizer in zip((model, exact), optimizers, strict=True):
+            optimizer.zero_grad()
+            one(x).square().mean().backward()
+            optimizer.step()
+    wanted = get_peft_model_state_dict(exact)
+    with hra_kernels.peft.enabled(), FSDP.state_dict_type(model, StateDictType.FULL_STATE_DICT):
+        saved = get_peft_model_state_dict(inner, state_dict=model.state_dict())
+        assert saved.keys() == wanted.keys()
+        assert all(relative(saved[name], wanted[name]) < FLOAT32 for name in wanted)
+        other = {name: normal(*u.shape, seed=9) for name, u in wanted.items()}
+    with hra_kernels.peft.enabled(), FSDP.summon_full_params(model):
+        for one in (inner, exact):
+            names.append(set_peft_model_state_dict(one, {name: u.clone() for name, u in other.items()}).unexpected_keys)
+    with torch.no_grad():
+        assert names == [[], []] and relative(model(x), exact(x)) < FLOAT32, names
+    for refused, why in (
+        (inner.merge_adapter, "its base weight is partitioned"),
+        (lambda: model_orthogonality_penalty(inner), "must be whole"),
+    ):
+        try:
+            refused()
+        except (NotImplementedError, RuntimeError) as error:
+            assert why in str(error) and "FSDP1" in str(error), error
+        else:
+            raise AssertionError("parts were taken for the whole")
+    with FSDP.summon_full_params(model):
+        assert relative(model_orthogonality_penalty(inner), model_orthogonality_penalty(exact)) < FLOAT32
+
+
 def tensor_parallel_merge(mesh):
     base = nn.Sequential(seeded(lambda: nn.Linear(24, 13)))
     x = normal(4, 24)
@@ -235,7 +291,7 @@ def tensor_parallel_merge(mesh):
 CHECKS = [
     column_wise, column_wise_after_sequence_parallel, row_wise, row_wise_one_sample, row_wise_from_dtensor,
     row_wise_from_replicated, replicated_layer_from_sharded_batch, training, in_16_bits, refused,
-    tensor_parallel_merge, fsdp2, fsdp2_disable_while_merged, fsdp2_non_finite_vectors,
+    tensor_parallel_merge, fsdp2, fsdp2_disable_while_merged, fsdp2_non_finite_vectors, fsdp2_penalty, fsdp1,
 ]  # fmt: skip
 
 
