@@ -110,9 +110,18 @@ class PowerCache:
 
         Raises:
             ValueError: the power is not defined.
-            NotImplementedError: in a backward, where u wants a gradient.
+            NotImplementedError: under torch.export and torch.func; in a backward, where u wants a gradient.
         """
-        key = (weight, apply_gs, u.data_ptr(), u.dtype, u.requires_grad, optimizer_steps())
+        try:
+            address = None if torch.jit.is_tracing() else u.data_ptr()
+        except RuntimeError:  # a tensor without values
+            address = None
+        if address is None:
+            raise NotImplementedError(
+                f"HRA: an adapter at scale {weight:g} can be neither exported nor differentiated by torch.func; set it "
+                "to scale 1, merge it, or make its power an adapter of its own (add_weighted_adapter)"
+            )
+        key = (weight, apply_gs, address, u.dtype, u.requires_grad, optimizer_steps())
         version = None if u.is_inference() else u._version
         if self._entry is not None and self._entry[0] == (key, version) and self._entry[1] is u:
             _, _, value, columns = self._entry

@@ -194,6 +194,19 @@ def test_compiled(net, x):
     assert relative(compiled(x), powered(net, 0.2)(x)) < FLOAT32
 
 
+def test_neither_exported_nor_differentiated_by_torch_func(net, x):
+    at_scale(net, 0.7)
+    said = r"at scale 0.7 can be neither exported nor differentiated by torch.func"
+    with pytest.raises(NotImplementedError, match=said):
+        torch.export.export(net, (x,), strict=False)
+    with pytest.raises(NotImplementedError, match=said):
+        torch.jit.trace(net, x)
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    with pytest.raises(NotImplementedError, match=said):
+        torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).sum())(parameters)
+    assert relative(torch.func.vmap(lambda one: net(one[None]))(x)[:, 0], net(x)) < FLOAT32
+
+
 # --- Diffusers' own calls ---------------------------------------------------------------------------------------------
 
 
