@@ -153,6 +153,9 @@ def test_the_power_follows_the_vectors(net, x):
     for layer in layers_of(net):
         layer.hra_u["default"].data.add_(torch.randn_like(layer.hra_u["default"]))
     assert relative(net(x), powered(net, 0.7)(x)) < FLOAT32
+    with torch.inference_mode():
+        first = at_scale(net, 0.6)(x)
+    assert relative(net(x), first) < FLOAT32
     assert torch.equal(copy.deepcopy(net)(x), net(x))
     assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
 
@@ -204,7 +207,9 @@ def test_neither_exported_nor_differentiated_by_torch_func(net, x):
     parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
     with pytest.raises(NotImplementedError, match=said):
         torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).sum())(parameters)
-    assert relative(torch.func.vmap(lambda one: net(one[None]))(x)[:, 0], net(x)) < FLOAT32
+    for trains in (False, True):
+        net.requires_grad_(trains)
+        assert relative(torch.func.vmap(lambda one: net(one[None]))(x)[:, 0], net(x)) < FLOAT32
 
 
 # --- Diffusers' own calls ---------------------------------------------------------------------------------------------
