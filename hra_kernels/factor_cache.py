@@ -90,11 +90,11 @@ class FactorCache:
             return None
         if not self._may_keep(us):
             return chain_factor(us, apply_gs, dtype)
-        key = _key(us, apply_gs, dtype)
+        key = validity_key(us, apply_gs, dtype)
         factor = self._kept(key, us)
         if factor is None:
             with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-                values = _values(us)
+                values = copied_values(us)
                 factor = chain_factor(values or us, apply_gs, dtype)
                 self._keep(key, us, values, factor)
         return factor
@@ -129,10 +129,10 @@ class FactorCache:
         self._entry = (key, values, storages, factor)
 
     def __deepcopy__(self, memo: dict) -> "FactorCache":
-        return FactorCache()
+        return type(self)()
 
     def __reduce__(self) -> tuple:
-        return FactorCache, ()
+        return type(self), ()
 
 
 class KeepsFactors(nn.Module):
@@ -162,7 +162,7 @@ class KeepsFactors(nn.Module):
         return late
 
 
-def _key(us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple:
+def validity_key(us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple:
     """All that a factor belongs to but values."""
     wide = dtype == torch.float64
     if _values_are_at_hand(us):
@@ -176,7 +176,7 @@ def _key(us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> 
     return (wide, _optimizer_steps, stream, *places)
 
 
-def _values(us: Sequence[Tensor]) -> list[Tensor]:
+def copied_values(us: Sequence[Tensor]) -> list[Tensor]:
     """Copies to compute from and to compare with later; none where comparing would stall a GPU."""
     return [u.detach().clone() for u in us] if _values_are_at_hand(us) else []
 
@@ -199,14 +199,14 @@ def refill(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[bool]]
     stale = []
     for cache, us, apply_gs in layers:
         if us and cache._may_keep(us) and all(u.dim() == 2 and factor_in_groups(u) for u in us):
-            key = _key(us, apply_gs, us[0].dtype)
+            key = validity_key(us, apply_gs, us[0].dtype)
             if cache._kept(key, us) is None:
                 stale.append((cache, key, us, apply_gs))
     if len(stale) < 2:
         return
     factors: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
     with torch.inference_mode(False):
-        copies = [_values(us) for _, _, us, _ in stale]
+        copies = [copied_values(us) for _, _, us, _ in stale]
         for gs in (False, True):
             wanted = {
                 id(u): u

@@ -230,8 +230,10 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             raise
 
     def _power(self, name: str, scale: float) -> Tensor:
+        powers = self._powers[name]
+        powers.parameters_come_late = self._factors.parameters_come_late
         try:
-            return self._powers[name].get(self.hra_u[name], self.hra_apply_GS[name], scale)
+            return powers.get(self.hra_u[name], self.hra_apply_GS[name], scale)
         except ValueError as error:
             raise ValueError(f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: {error}") from error
 

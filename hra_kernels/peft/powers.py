@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hra_kernels.factor_cache import optimizer_steps
+from hra_kernels.factor_cache import FactorCache, copied_values, validity_key
 from hra_kernels.factors import factor_dtype
 from hra_kernels.peft.sharded import whole_vectors
 from hra_kernels.reference import wy_factor
@@ -78,10 +78,15 @@ def chain_power(u: Tensor, apply_gs: bool, weight: float) -> Tensor:
 class _NoGradient(torch.autograd.Function):
     """Columns of a power, which pass no gradient on to the vectors: a backward that wants one is told so."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, u: Tensor, columns: Tensor, weight: float) -> Tensor:
-        ctx.weight = weight
-        return columns.clone()
+    def forward(u: Tensor, columns: Tensor, weight: float) -> Tensor:
+        return columns.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.weight = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -91,14 +96,8 @@ class _NoGradient(torch.autograd.Function):
         )
 
 
-class PowerCache:
-    """The last power of one adapter's vectors, and what it was computed from. Copies and pickles are empty.
-
-    The vectors are taken to be unchanged as in `factor_cache.FactorCache`.
-    """
-
-    def __init__(self) -> None:
-        self._entry: tuple[tuple, Tensor, Tensor | None, Tensor] | None = None
+class PowerCache(FactorCache):
+    """The last power of one adapter's vectors, validated as a factor is. Copies and pickles are empty."""
 
     # eigenvectors and comparisons of values are no graph's business
     @torch.compiler.disable
@@ -110,28 +109,38 @@ class PowerCache:
 
         Raises:
             ValueError: the power is not defined.
-            NotImplementedError: in a backward, where u wants a gradient.
+            NotImplementedError: under torch.export and torch.func; in a backward, where u wants a gradient.
         """
-        key = (weight, apply_gs, u.data_ptr(), u.dtype, u.requires_grad, optimizer_steps())
-        version = None if u.is_inference() else u._version
-        if self._entry is not None and self._entry[0] == (key, version) and self._entry[1] is u:
-            _, _, value, columns = self._entry
-            if value is None or torch.equal(value, u):
-                return columns
-        with torch.inference_mode(False), torch.no_grad():
-            whole = whole_vectors([u])[0].clone()  # an inference tensor could not be saved for a later backward
-            chains = whole.unbind(0) if whole.dim() == 3 else [whole]
-            powers = [chain_power(chain, apply_gs, weight) for chain in chains]
-            columns = torch.stack(powers) if whole.dim() == 3 else powers[0]
-            value = whole if u.device.type == "cpu" and whole.shape == u.shape else None
-        if u.requires_grad:
-            with torch.inference_mode(False), torch.enable_grad():
-                columns = _NoGradient.apply(u, columns, weight)
-        self._entry = ((key, version), u, value, columns)
+        if torch.jit.is_tracing() or not _has_values(u):
+            raise NotImplementedError(
+                f"HRA: an adapter at scale {weight:g} can be neither exported nor differentiated by torch.func; set it "
+                "to scale 1, merge it, or make its power an adapter of its own (add_weighted_adapter)"
+            )
+        columns = self._columns(u, apply_gs, weight)
+        return _NoGradient.apply(u, columns, weight) if torch.is_grad_enabled() and u.requires_grad else columns
+
+    def _columns(self, u: Tensor, apply_gs: bool, weight: float) -> Tensor:
+        if not self._may_keep([u]):
+            return _power(whole_vectors([u])[0], apply_gs, weight)
+        key = (weight, *validity_key([u], [apply_gs], u.dtype))
+        columns = self._kept(key, [u])
+        if columns is None:
+            values = copied_values([u])
+            columns = _power(values[0] if values else u, apply_gs, weight)
+            self._keep(key, [u], values, columns)
         return columns
 
-    def __deepcopy__(self, memo: dict) -> "PowerCache":
-        return PowerCache()
 
-    def __reduce__(self) -> tuple:
-        return PowerCache, ()
+def _has_values(u: Tensor) -> bool:
+    try:
+        u.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _power(u: Tensor, apply_gs: bool, weight: float) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        u = u.clone() if u.is_inference() else u  # what comes of it could not be saved for a later backward
+        powers = [chain_power(chain, apply_gs, weight) for chain in (u.unbind(0) if u.dim() == 3 else [u])]
+        return torch.stack(powers) if u.dim() == 3 else powers[0]

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import peft
 import pytest
 import torch
 import transformers
@@ -111,9 +112,11 @@ def test_no_power_no_scale(x, settings):
     with pytest.raises(ValueError, match=r"layer 'conv'.*adapter 'default' at scale 0.7.*1, -1 and 0 are"):
         at_scale(net, 0.7)
     assert torch.equal(net(x), adapted)
-    inverse = at_scale(net, -1)(x)
-    assert relative(inverse, adapted) > 0.01 or settings  # Q of Gram-Schmidt is its own inverse
-    assert inverse.isfinite().all()
+    for layer in layers_of(at_scale(net, -1)):
+        q = dense_q(layer.hra_u["default"], layer.hra_apply_GS["default"])
+        expected = layer.get_base_layer().weight.flatten(1).double() @ q.mT
+        layer.merge()
+        assert relative(layer.get_base_layer().weight.flatten(1), expected) < FLOAT32
 
 
 def test_scales_multiply_and_undo_each_other():
@@ -153,6 +156,9 @@ def test_the_power_follows_the_vectors(net, x):
     for layer in layers_of(net):
         layer.hra_u["default"].data.add_(torch.randn_like(layer.hra_u["default"]))
     assert relative(net(x), powered(net, 0.7)(x)) < FLOAT32
+    with torch.inference_mode():
+        first = at_scale(net, 0.6)(x)
+    assert relative(net(x), first) < FLOAT32
     assert torch.equal(copy.deepcopy(net)(x), net(x))
     assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
 
@@ -192,6 +198,21 @@ def test_compiled(net, x):
     assert relative(compiled(x), y) < FLOAT32
     at_scale(net, 0.2)
     assert relative(compiled(x), powered(net, 0.2)(x)) < FLOAT32
+
+
+def test_neither_exported_nor_differentiated_by_torch_func(net, x):
+    at_scale(net, 0.7)
+    said = r"at scale 0.7 can be neither exported nor differentiated by torch.func"
+    with pytest.raises(NotImplementedError, match=said):
+        torch.export.export(net, (x,), strict=False)
+    with pytest.raises(NotImplementedError, match=said):
+        torch.jit.trace(net, x)
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    with pytest.raises(NotImplementedError, match=said):
+        torch.func.grad(lambda p: torch.func.functional_call(net, p, (x,)).sum())(parameters)
+    for trains in (False, True):
+        net.requires_grad_(trains)
+        assert relative(torch.func.vmap(lambda one: net(one[None]))(x)[:, 0], net(x)) < FLOAT32
 
 
 # --- Diffusers' own calls ---------------------------------------------------------------------------------------------
@@ -258,6 +279,8 @@ def test_a_name_for_one_adapter_more(adapted_unet):
 
 
 def text_encoder():
+    if peft.__version__.startswith("0.19.") and int(transformers.__version__.split(".")[0]) >= 5:
+        pytest.skip("transformers 5 takes adapters from PEFT 0.20 on")
     settings = transformers.CLIPTextConfig(
         vocab_size=50, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
