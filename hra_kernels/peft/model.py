@@ -206,7 +206,9 @@ class HRAModel(PeftHRAModel):
 
     def _refill_factors(self) -> None:
         """Once after an optimizer's step: factors of one shape together, where that saves launches (`refill`)."""
-        if torch.compiler.is_compiling() or self._refilled_after == optimizer_steps():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing is kept
+            return
+        if self._refilled_after == optimizer_steps():
             return
         self._refilled_after = optimizer_steps()
         refill(filter(None, [layer.chain_to_refill() for layer in self._layers_that_are_complete()]))
