@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hra_kernels.ops import wants_plain_ops
+
 
 def held(module: nn.Module, name: str) -> Any:
     """What the module itself has by this name now, or None.
@@ -28,7 +30,9 @@ def is_whole(parameter: Tensor) -> bool:
     """Whether these are all values of a parameter with two dimensions or more, and not a part of them."""
     if hasattr(parameter, "device_mesh"):
         return False
-    return parameter.dim() > 1 and (parameter.numel() == 0 or parameter.untyped_storage().size() > 0)
+    if parameter.dim() < 2 or parameter.numel() == 0 or wants_plain_ops():  # torch.func's tensors have no storage
+        return parameter.dim() > 1
+    return parameter.untyped_storage().size() > 0
 
 
 def whole(parameter: Tensor, op: str, name: str) -> Tensor:

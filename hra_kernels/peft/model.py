@@ -16,7 +16,6 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hra_kernels.factor_cache import optimizer_steps, refill
-from hra_kernels.ops import wants_plain_ops
 from hra_kernels.partition import held, whole
 from hra_kernels.peft.adapter_names import accept_adapter_names
 from hra_kernels.peft.base_weight import is_offloaded, quantization_of, torchao_configuration
@@ -207,7 +206,7 @@ class HRAModel(PeftHRAModel):
 
     def _refill_factors(self) -> None:
         """Once after an optimizer's step: factors of one shape together, where that saves launches (`refill`)."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or wants_plain_ops():  # nothing is kept
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing is kept
             return
         if self._refilled_after == optimizer_steps():
             return

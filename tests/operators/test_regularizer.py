@@ -112,3 +112,15 @@ def test_a_parametrized_vector_counts():
 
     nn.utils.parametrize.register_parametrization(layer, "hra_u", Mixed(), unsafe=True)
     assert torch.equal(model_orthogonality_penalty(layer), orthogonality_penalty([expected]))
+
+
+def test_under_torch_func():
+    layer = HRALinear(nn.Linear(12, 8), r=4)
+    nn.init.normal_(layer.hra_u)
+    model_orthogonality_penalty(layer).backward()
+
+    def penalty(u):
+        with nn.utils.stateless._reparametrize_module(layer, {"hra_u": u}):
+            return model_orthogonality_penalty(layer)
+
+    assert torch.equal(torch.func.grad(penalty)(layer.hra_u.detach()), layer.hra_u.grad)
