@@ -1,6 +1,5 @@
 """`hra-kernels train nlu` where something goes wrong: bad files, Ctrl-C, kill, a full disk. A tiny model."""
 
-import os
 import resource
 import shutil
 import signal
@@ -66,7 +65,7 @@ def test_stopped_while_training(job, tmp_path, monkeypatch, capsys, number, stat
     """An earlier run's results stay, and nothing of this one is beside them."""
     assert cli.main(job) == 0
     before = (tmp_path / "out" / "results.json").read_text()
-    monkeypatch.setattr(nlu, "train_step", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(nlu, "train_step", lambda *_: signal.raise_signal(number))
     handler = signal.getsignal(signal.SIGTERM)
     line = said(capsys, job, status)
     assert line == f"hra-kernels: {name}; nothing of this run is in {tmp_path / 'out'}\n"
@@ -78,7 +77,7 @@ def test_stopped_while_training(job, tmp_path, monkeypatch, capsys, number, stat
 def test_stopped_while_drawing(job, tmp_path, monkeypatch, capsys):
     """What was trained is there, and no results of an earlier run that could be taken for its own."""
     assert cli.main(job) == 0
-    monkeypatch.setattr(nlu.plots, "plot_training", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(nlu.plots, "plot_training", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert "holds adapter/ and merged/ of this run, but no results" in said(capsys, job, 143)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "merged"}
 
