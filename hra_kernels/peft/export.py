@@ -163,11 +163,7 @@ def lora_state(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
         ValueError: unknown adapter, merged layer, value not finite, or several adapters that carry other weights.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile(model)
-    known = getattr(model, "peft_config", None)
-    if not isinstance(known, dict) or not all(isinstance(config, PeftConfig) for config in known.values()):
-        raise TypeError(
-            f"lora_state: model must be a PeftModel, or a model with adapters (add_adapter), got {type(model).__name__}"
-        )
+    known = _configs(model)
     modules = [(name, module) for name, module in model.named_modules() if isinstance(module, ReflectionLayer)]
     if not modules:
         raise TypeError("lora_state: no layer of hra_kernels found; call hra_kernels.peft.enable() before loading")
@@ -212,6 +208,16 @@ def lora_state(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
         inference_mode=True,
     )
     return config, {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
+
+def _configs(model: nn.Module) -> dict[str, PeftConfig]:
+    """The configurations of a model's adapters, by name."""
+    known = getattr(model, "peft_config", None)
+    if not isinstance(known, dict) or not all(isinstance(config, PeftConfig) for config in known.values()):
+        raise TypeError(
+            f"lora_state: model must be a PeftModel, or a model with adapters (add_adapter), got {type(model).__name__}"
+        )
+    return known
 
 
 def _only_transposed(layers: Iterable[ReflectionLayer]) -> bool:

@@ -197,13 +197,6 @@ class HRAModel(PeftHRAModel):
         """As PEFT's, which calls it for each key of a file, with the names of a model whose blocks are not compiled."""
         return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, state_dict: dict[str, Tensor], **kwargs: Any) -> dict:
-        """As PEFT's, with trained biases (not of the adapter: passed through) under their names in this model, too."""
-        state_dict = super()._remap_adapter_state_dict_for_load(model=model, state_dict=state_dict, **kwargs)
-        names = {plain_name(name): name for name in model.state_dict()}
-        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
-
     def _refill_factors(self) -> None:
         """Once after an optimizer's step: factors of one shape together, where that saves launches (`refill`)."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # nothing is kept
@@ -310,7 +303,7 @@ class HRAModel(PeftHRAModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT's, for wrapped models too (`_get_adapter_state_dict`).
+        """As PEFT's, for wrapped models too (`_get_adapter_state_dict`); trained biases under their names in this one.
 
         Raises:
             RuntimeError: DeepSpeed has the adapter's vectors in parts.
@@ -322,7 +315,9 @@ class HRAModel(PeftHRAModel):
         state_dict = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        return {f"{key}.{adapter_name}" if key in vectors else key: tensor for key, tensor in state_dict.items()}
+        state_dict = {f"{key}.{adapter_name}" if key in vectors else key: u for key, u in state_dict.items()}
+        names = {plain_name(name): name for name, _ in model.named_parameters()}
+        return {names.get(key, key): tensor for key, tensor in state_dict.items()}
 
     def _layers(self) -> list[ReflectionLayer]:
         return [module for module in self.model.modules() if isinstance(module, ReflectionLayer)]
