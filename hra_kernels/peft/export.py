@@ -181,11 +181,7 @@ def lora_state(model: nn.Module, adapter_names: Sequence[str] | None = None) -> 
         raise TypeError(f"lora_state: none of the adapters {names} is HRA's")
     if len(names) > 1 and any(config.bias != "none" or config.modules_to_save for config in configs):
         raise ValueError("lora_state: adapters with trained biases or modules_to_save can only be exported one by one")
-    state: dict[str, Tensor] = {}
-    if len(names) == 1:
-        whole = get_peft_model_state_dict(model, adapter_name=names[0])
-        whole = {plain_name(key).removeprefix(_PREFIX): tensor for key, tensor in whole.items()}
-        state = {f"{_PREFIX}{key}": tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}
+    state = _carried_along(model, names[0]) if len(names) == 1 else {}
     ranks = {}
     for name, layer in layers.items():
         a, b = lora_factors(layer, names)
@@ -218,6 +214,13 @@ def _configs(model: nn.Module) -> dict[str, PeftConfig]:
             f"lora_state: model must be a PeftModel, or a model with adapters (add_adapter), got {type(model).__name__}"
         )
     return known
+
+
+def _carried_along(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """What an adapter's file holds besides its vectors: biases and `modules_to_save`."""
+    whole = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    whole = {plain_name(key).removeprefix(_PREFIX): tensor for key, tensor in whole.items()}
+    return {f"{_PREFIX}{key}": tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}
 
 
 def _only_transposed(layers: Iterable[ReflectionLayer]) -> bool:
