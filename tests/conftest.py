@@ -29,6 +29,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def pytest_addoption(parser):
     parser.addoption("--backends", default="", help="comma-separated backends for the shared tests (default: all)")
     parser.addoption("--isa", help="avx512, avx2 or baseline: run the CPU kernels with this instruction set")
+    parser.addoption("--emulated-module", help="a build of the CUDA emulation to test, in place of this tree's own")
 
 
 def pytest_configure(config):

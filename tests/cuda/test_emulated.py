@@ -5,6 +5,7 @@ their names run under all.
 """
 
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,8 +32,9 @@ BACKEND = "cuda-emulated"
 
 
 @pytest.fixture(scope="module")
-def native():
-    return emulation.emulated()
+def native(request):
+    built = request.config.getoption("emulated_module")
+    return emulation.load(Path(built)) if built else emulation.emulated()
 
 
 @pytest.fixture(scope="module")

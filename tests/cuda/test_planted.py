@@ -114,7 +114,6 @@ def test_kernels_under_sanitizers():
     environment = os.environ | {
         "LD_PRELOAD": runtime,
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "HRA_EMULATED_MODULE": str(emulation.build(sanitize=True)),
     }
     tests = "every_schedule or every_slice or any_number or outside or alone_is_the_same"
     command = [
@@ -124,6 +123,7 @@ def test_kernels_under_sanitizers():
         "-q",
         "-p",
         "no:cacheprovider",
+        f"--emulated-module={emulation.build(sanitize=True)}",
         "tests/cuda/test_emulated.py",
         "-k",
         tests,

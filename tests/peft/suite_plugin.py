@@ -1,12 +1,11 @@
 """The pytest plugin under which `test_own_suite.py` runs PEFT's own tests, in a process of its own.
 
-It turns this package's tuner on (unless `HRA_PEFT_SUITE=stock`), counts its layers' forward calls, and makes PEFT's
+It turns this package's tuner on, counts its layers' forward calls, and makes PEFT's
 tests run without a model hub: tiny random models are written into a hub cache of their own, where `from_pretrained`
 finds them by the hub's names, and the two helpers that would download data get an image made here.
 """
 
 import importlib.machinery
-import os
 import sys
 import types
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 import transformers
 from transformers.utils.import_utils import is_datasets_available
 
-STOCK = os.environ.get("HRA_PEFT_SUITE") == "stock"
 REVISION = "0" * 40
 
 _SMALL = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -99,22 +97,24 @@ def _stand_in_for_datasets() -> None:
     sys.modules["datasets"] = module
 
 
-_stand_in_for_datasets()
+_stand_in_for_datasets()  # before PEFT, which looks for it, is imported
+
+import hra_kernels.peft  # noqa: E402
+from hra_kernels.peft.layer import ReflectionLayer  # noqa: E402
+
 _forwards = 0
 
-if not STOCK:
-    import hra_kernels.peft
-    from hra_kernels.peft.layer import ReflectionLayer
+hra_kernels.peft.enable()
+_forward = ReflectionLayer.forward
 
-    hra_kernels.peft.enable()
-    _forward = ReflectionLayer.forward
 
-    def _counted_forward(self, *args, **kwargs):
-        global _forwards
-        _forwards += 1
-        return _forward(self, *args, **kwargs)
+def _counted_forward(self, *args, **kwargs):
+    global _forwards
+    _forwards += 1
+    return _forward(self, *args, **kwargs)
 
-    ReflectionLayer.forward = _counted_forward
+
+ReflectionLayer.forward = _counted_forward
 
 
 class _AlwaysCached(dict):
