@@ -2,6 +2,7 @@
 //
 //   wy_factor   u (D, R)            ->  v (R, D), t (R, R)   with   H_1 ... H_R = I - vᵀ t v
 //   reflect     x (M, D), v, t      ->  y = x - (x vᵀ) m v,  m = transpose ? tᵀ : t
+//   weight_side_bwd   the gradients of v and t when W Q stands in for W in y = x Wᵀ, from x and its gradient dx
 //
 // hra_kernels/reference.py is the specification of each, line by line. Strides count elements. `v`, `t`, `p`, `dv` and
 // `dt` are contiguous, float64 when `dtype` is float64 and float32 otherwise. Rows of x, y and their gradients are
@@ -43,6 +44,18 @@ struct ReflectBwdParams {
   bool transpose;
 };
 
+struct WeightSideBwdParams {
+  void* dv_ptr;        // (R, D)
+  void* dt_ptr;        // (R, R)
+  const void* dx_ptr;  // (M, D)
+  const void* x_ptr;   // (M, D)
+  const void* v_ptr;   // (R, D)
+  const void* t_ptr;   // (R, R)
+  int64_t M, D, R;
+  int64_t stride_dxm, stride_xm;
+  DType dtype;  // of x and dx
+};
+
 struct WyFactorFwdParams {
   void* v_ptr;        // (R, D)
   void* t_ptr;        // (R, R)
@@ -70,6 +83,7 @@ namespace cpu {
 
 void reflect_fwd(const ReflectFwdParams& params, int num_threads);
 void reflect_bwd(const ReflectBwdParams& params, int num_threads);
+void weight_side_bwd(const WeightSideBwdParams& params, int num_threads);
 void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads);
 void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads);
 

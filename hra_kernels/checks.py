@@ -68,6 +68,12 @@ def check_reflect_bwd(op: str, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: T
     check_like(op, "p", p, (*x.shape[:-1], v.shape[0]), v.dtype, x.device)
 
 
+def check_weight_side_bwd(op: str, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> None:
+    """What `reflect_fwd` takes, and the gradient of its x."""
+    check_factor(op, "x", x, v, t)
+    check_like(op, "dx", dx, x.shape, x.dtype, x.device)
+
+
 def check_wy_factor_bwd(op: str, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor) -> None:
     """u (D, R), its factor, and the factor's gradients."""
     check_u(op, u)

@@ -52,6 +52,7 @@ _library.define("reflect_dx(Tensor dy, Tensor v, Tensor t, bool transpose) -> Te
 _library.define(
     "reflect_bwd(Tensor dy, Tensor x, Tensor v, Tensor t, Tensor p, bool transpose) -> (Tensor, Tensor, Tensor)"
 )
+_library.define("weight_side_bwd(Tensor dx, Tensor x, Tensor v, Tensor t) -> (Tensor, Tensor)")
 
 
 def _wy_factor_fwd(u, apply_gs):
@@ -83,6 +84,13 @@ def _reflect_bwd(dy, x, v, t, p, transpose):
     return choose(x.device, x.dtype, *v.shape).reflect_bwd(dy, x, v, t, p, transpose)
 
 
+def _weight_side_bwd(dx, x, v, t):
+    checks.check_weight_side_bwd("weight_side_bwd", dx, x, v, t)
+    checks.check_rows("weight_side_bwd", "x", x)
+    checks.check_rows("weight_side_bwd", "dx", dx)
+    return choose(x.device, x.dtype, *v.shape).weight_side_bwd(dx, x, v, t)
+
+
 # Strides are checked where tensors are real: a compiler fixes them only when it is done.
 
 
@@ -112,12 +120,18 @@ def _fake_reflect_bwd(dy, x, v, t, p, transpose):
     return dy.new_empty(dy.shape), v.new_empty(v.shape), t.new_empty(t.shape)
 
 
+def _fake_weight_side_bwd(dx, x, v, t):
+    checks.check_weight_side_bwd("weight_side_bwd", dx, x, v, t)
+    return v.new_empty(v.shape), t.new_empty(t.shape)
+
+
 for _name, _kernel, _fake in [
     ("wy_factor_fwd", _wy_factor_fwd, _fake_wy_factor_fwd),
     ("wy_factor_bwd", _wy_factor_bwd, _fake_wy_factor_bwd),
     ("reflect_fwd", _reflect_fwd, _fake_reflect_fwd),
     ("reflect_dx", _reflect_dx, _fake_reflect_dx),
     ("reflect_bwd", _reflect_bwd, _fake_reflect_bwd),
+    ("weight_side_bwd", _weight_side_bwd, _fake_weight_side_bwd),
 ]:
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hra::{_name}", _fake, lib=_library)

@@ -308,6 +308,27 @@ def reflect_bwd(
     return dx, dv, dm.mT.contiguous() if transpose else dm
 
 
+@_without_autocast
+def weight_side_bwd(dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(dv, dt) of y = x (W Q)ᵀ for an orthogonal Q = I - vᵀ t v, from x (M, D) and dx (M, D) alone.
+
+    They are those of `reflect_bwd(dy', x, v, t, p, transpose=True)` for dy' = dx Qᵀ, the gradient of x Qᵀ, which is not
+    formed: one read of x and of dx, nothing of size M D written, neither dy nor W needed. Two sums over the rows,
+
+        p = x vᵀ,  q = dx vᵀ,  E = pᵀ dx (R, D),  F = qᵀ x (R, D),
+
+    and then, with c = pᵀ q = E vᵀ and k = I - (v vᵀ) t, for which v Q = k v,
+
+        dv = -(t (E - c tᵀ v) + tᵀ k F),  dt = -k cᵀ
+    """
+    x, dx = x.to(v.dtype), dx.to(v.dtype)
+    p, q = x @ v.mT, dx @ v.mT
+    c = p.mT @ q
+    k = torch.eye(v.shape[0], dtype=v.dtype, device=v.device) - (v @ v.mT) @ t
+    dv = -(t @ (p.mT @ dx - (c @ t.mT) @ v) + t.mT @ (k @ (q.mT @ x)))
+    return dv, -k @ c.mT
+
+
 def reflect_mixed(
     x: Tensor, v: Tensor, t: Tensor, chains: Tensor, samples: Tensor | None = None, transpose: bool = False
 ) -> Tensor:

@@ -126,6 +126,31 @@ void reflect_bwd(uintptr_t dx, uintptr_t dv, uintptr_t dt, uintptr_t dy, uintptr
   hra::cpu::reflect_bwd(params, num_threads);
 }
 
+void weight_side_bwd(uintptr_t dv, uintptr_t dt, uintptr_t dx, uintptr_t x, uintptr_t v, uintptr_t t, int64_t M,
+                     int64_t D, int64_t R, int64_t stride_dxm, int64_t stride_xm, int dtype, int num_threads) {
+  const Call call("weight_side_bwd", dtype, num_threads);
+  call.size("M", M);
+  call.size("D", D);
+  call.rank(R);
+  call.input_stride("stride_dxm", stride_dxm);
+  call.input_stride("stride_xm", stride_xm);
+  hra::WeightSideBwdParams params{};
+  params.dv_ptr = call.factor("dv", dv, R * D);
+  params.dt_ptr = call.factor("dt", dt, R * R);
+  params.dx_ptr = call.activation("dx", dx, M * D);
+  params.x_ptr = call.activation("x", x, M * D);
+  params.v_ptr = call.factor("v", v, R * D);
+  params.t_ptr = call.factor("t", t, R * R);
+  params.M = M;
+  params.D = D;
+  params.R = R;
+  params.stride_dxm = stride_dxm;
+  params.stride_xm = stride_xm;
+  params.dtype = call.dtype();
+  const py::gil_scoped_release release;
+  hra::cpu::weight_side_bwd(params, num_threads);
+}
+
 void wy_factor_fwd(uintptr_t v, uintptr_t t, uintptr_t u, int64_t D, int64_t R, int64_t stride_ud, int64_t stride_ur,
                    int dtype, bool apply_gs, int num_threads) {
   const Call call("wy_factor_fwd", dtype, num_threads);
@@ -195,6 +220,8 @@ PYBIND11_MODULE(_native, m) {
         "stride_xm"_a, "dtype"_a, "transpose"_a, "num_threads"_a);
   m.def("reflect_bwd", &reflect_bwd, "dx"_a, "dv"_a, "dt"_a, "dy"_a, "x"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,
         "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "num_threads"_a);
+  m.def("weight_side_bwd", &weight_side_bwd, "dv"_a, "dt"_a, "dx"_a, "x"_a, "v"_a, "t"_a, "M"_a, "D"_a, "R"_a,
+        "stride_dxm"_a, "stride_xm"_a, "dtype"_a, "num_threads"_a);
   m.def("wy_factor_fwd", &wy_factor_fwd, "v"_a, "t"_a, "u"_a, "D"_a, "R"_a, "stride_ud"_a, "stride_ur"_a, "dtype"_a,
         "apply_gs"_a, "num_threads"_a);
   m.def("wy_factor_bwd", &wy_factor_bwd, "du"_a, "dv"_a, "dt"_a, "u"_a, "v"_a, "t"_a, "D"_a, "R"_a, "stride_ud"_a,

@@ -6,14 +6,16 @@
 
 namespace hra::cpu {
 
-#define HRA_DECLARE_KERNELS(isa)                                 \
-  namespace isa {                                                \
-  void reflect_fwd(const ReflectFwdParams&, int num_threads);    \
-  void reflect_bwd(const ReflectBwdParams&, int num_threads);    \
-  void wy_factor_fwd(const WyFactorFwdParams&, int num_threads); \
-  void wy_factor_bwd(const WyFactorBwdParams&, int num_threads); \
+#define HRA_DECLARE_KERNELS(isa)                                     \
+  namespace isa {                                                    \
+  void reflect_fwd(const ReflectFwdParams&, int num_threads);        \
+  void reflect_bwd(const ReflectBwdParams&, int num_threads);        \
+  void weight_side_bwd(const WeightSideBwdParams&, int num_threads); \
+  void wy_factor_fwd(const WyFactorFwdParams&, int num_threads);     \
+  void wy_factor_bwd(const WyFactorBwdParams&, int num_threads);     \
   }
-#define HRA_KERNELS(isa) {#isa, isa::reflect_fwd, isa::reflect_bwd, isa::wy_factor_fwd, isa::wy_factor_bwd}
+#define HRA_KERNELS(isa) \
+  {#isa, isa::reflect_fwd, isa::reflect_bwd, isa::weight_side_bwd, isa::wy_factor_fwd, isa::wy_factor_bwd}
 
 #if defined(HRA_X86_ISAS)
 HRA_DECLARE_KERNELS(avx512)
@@ -102,6 +104,9 @@ void reflect_bwd(const ReflectBwdParams& params, int num_threads) {
   kernels().reflect_bwd(params, num_threads);
 }
 
+void weight_side_bwd(const WeightSideBwdParams& params, int num_threads) {
+  kernels().weight_side_bwd(params, num_threads);
+}
 void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads) { kernels().wy_factor_fwd(params, num_threads); }
 void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads) { kernels().wy_factor_bwd(params, num_threads); }
 

@@ -23,6 +23,7 @@ struct Kernels {
   const char* name;
   void (*reflect_fwd)(const ReflectFwdParams&, int num_threads);
   void (*reflect_bwd)(const ReflectBwdParams&, int num_threads);
+  void (*weight_side_bwd)(const WeightSideBwdParams&, int num_threads);
   void (*wy_factor_fwd)(const WyFactorFwdParams&, int num_threads);
   void (*wy_factor_bwd)(const WyFactorBwdParams&, int num_threads);
 };

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from hra_kernels import reference
+
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -89,3 +91,10 @@ class Backend(ABC):
         self, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dx (M, D) in dy's dtype, dv (R, D) and dt (R, R) of `reflect_fwd`, whose p this is."""
+
+    def weight_side_bwd(self, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """dv (R, D) and dt (R, R) of y = x (W Q)ᵀ from x and its gradient dx, both (M, D), in one pass over them.
+
+        Unless a backend has a kernel for it, plain PyTorch, which copies 16-bit x and dx to the factor's dtype.
+        """
+        return reference.weight_side_bwd(dx, x, v, t)

@@ -76,6 +76,18 @@ class CpuBackend(Backend):
         )  # fmt: skip
         return dx, dv, dt
 
+    def weight_side_bwd(self, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        dv, dt = torch.empty(v.shape, dtype=v.dtype), torch.empty(t.shape, dtype=t.dtype)
+        if v.shape[0] == 0:
+            return dv, dt
+        v, t = v.contiguous(), t.contiguous()
+        _native.weight_side_bwd(
+            dv=dv.data_ptr(), dt=dt.data_ptr(), dx=dx.data_ptr(), x=x.data_ptr(), v=v.data_ptr(), t=t.data_ptr(),
+            M=x.shape[0], D=x.shape[1], R=v.shape[0], stride_dxm=dx.stride(0), stride_xm=x.stride(0),
+            dtype=_CODES[x.dtype], num_threads=torch.get_num_threads(),
+        )  # fmt: skip
+        return dv, dt
+
 
 def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, p: Tensor | None) -> Tensor:
     size_m, size_d = x.shape

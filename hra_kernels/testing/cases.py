@@ -1,5 +1,6 @@
 """The one list of cases. Every backend, the planted bugs and the benchmark's checks run through it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -90,14 +91,24 @@ def explicit(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype = 
     return {"y": y.detach(), "dx": x.grad, "du": du.double() / scale}
 
 
-def naive(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`explicit` in x's own dtype, whose distance from the exact answer is the rounding error of such a chain.
+def explicit_weight_side(
+    x: Tensor, u: Tensor, dx: Tensor, case: Case, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """du of y = x (W Q)ᵀ, from x and its gradient dx: that of `explicit` for the dy that gives this dx, dx Qᵀ."""
+    dy = explicit(dx, u, dx, case, dtype)["y"]
+    return {"du": explicit(x, u, dy, case, dtype)["du"]}
+
+
+def naive(
+    x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype, answer: Callable = explicit
+) -> dict[str, Tensor]:
+    """`answer` in x's own dtype, whose distance from the exact one is the rounding error of such a chain.
 
     Float64 has nothing wider to be compared with, so there the order of features differs.
     """
     if dtype != torch.float64:
-        return explicit(x, u, dy, case, dtype)
+        return answer(x, u, dy, case, dtype)
     order = torch.randperm(case.D, generator=torch.Generator().manual_seed(1))
-    results = explicit(x[:, order], u[order], dy[:, order], case, dtype)
+    results = answer(x[:, order], u[order], dy[:, order], case, dtype)
     back = torch.argsort(order)
-    return {"y": results["y"][:, back], "dx": results["dx"][:, back], "du": results["du"][back]}
+    return {name: tensor[back] if name == "du" else tensor[:, back] for name, tensor in results.items()}

@@ -248,6 +248,59 @@ void test_reflect(DType dtype, int64_t M, int64_t D, int64_t R, int64_t gap, boo
   dx.check_gaps("between the rows of dx");
 }
 
+// Against reflect's backward: with Q orthogonal, dy = dx Qᵀ has the same gradients.
+void test_weight_side(DType dtype, int64_t M, int64_t D, int64_t R, int64_t gap, int threads) {
+  const DType wide = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  Array u(wide, D * R), v(wide, R * D), t(wide, R * R), p(wide, M * R);
+  Array dv(wide, R * D), dt(wide, R * R), dv_want(wide, R * D), dt_want(wide, R * R);
+  Rows x(dtype, M, D, gap), dx(dtype, M, D, 2 * gap);
+  u.fill(1);
+  x.fill();
+  dx.fill();
+  hra::WyFactorFwdParams factor{v.data(), t.data(), u.data(), D, R, R, 1, wide, false};
+  hra::cpu::wy_factor_fwd(factor, threads);
+  hra::WeightSideBwdParams params{dv.data(), dt.data(), dx.array.data(), x.array.data(), v.data(), t.data(), M,
+                                  D,         R,         dx.stride,       x.stride,       dtype};
+  hra::cpu::weight_side_bwd(params, threads);
+  // the same rows in the factor's dtype: dy is not rounded to x's
+  Rows x_wide(wide, M, D, 0), dx_wide(wide, M, D, 0), dy(wide, M, D, 0);
+  for (int64_t i = 0; i < M * D; ++i) {
+    x_wide.array.set(i, x.at(i / D, i % D));
+    dx_wide.array.set(i, dx.at(i / D, i % D));
+  }
+  hra::ReflectFwdParams to_dy{
+      dy.array.data(), nullptr, dx_wide.array.data(), v.data(), t.data(), M, D, R, D, D, wide, true};
+  hra::cpu::reflect_fwd(to_dy, threads);
+  Rows y(wide, M, D, 0);
+  hra::ReflectFwdParams to_p{y.array.data(), p.data(), x_wide.array.data(), v.data(), t.data(), M, D, R, D, D,
+                             wide,           true};
+  hra::cpu::reflect_fwd(to_p, threads);
+  hra::ReflectBwdParams bwd{nullptr,
+                            dv_want.data(),
+                            dt_want.data(),
+                            dy.array.data(),
+                            x_wide.array.data(),
+                            v.data(),
+                            t.data(),
+                            p.data(),
+                            M,
+                            D,
+                            R,
+                            0,
+                            D,
+                            D,
+                            wide,
+                            true};
+  hra::cpu::reflect_bwd(bwd, threads);
+  const double allowed = 4 * tolerance(wide) * static_cast<double>(R);
+  check_close(
+      R * D, allowed, [&](int64_t i) { return dv.get(i); }, [&](int64_t i) { return dv_want.get(i); },
+      "weight side dv");
+  check_close(
+      R * R, allowed, [&](int64_t i) { return dt.get(i); }, [&](int64_t i) { return dt_want.get(i); },
+      "weight side dt");
+}
+
 struct Factor {
   Array v, t;
   hra::WyFactorFwdParams params{};
@@ -408,11 +461,14 @@ int main() {
           running = std::string(names[isa]) + " " + dtype_names[code] + " M=" + std::to_string(size[0]) +
                     " D=" + std::to_string(size[1]) + " R=" + std::to_string(R);
           test_reflect(dtype, size[0], size[1], R, size[0] % 3, R % 2 == 0, 1);
+          test_weight_side(dtype, size[0], size[1], R, size[0] % 3, 1);
         }
       }
       running = std::string(names[isa]) + " " + dtype_names[code] + " three threads";
       test_reflect(dtype, 173, 353, 9, 1, true, 3);
       test_reflect(dtype, 64, 70, 256, 0, false, 3);
+      test_weight_side(dtype, 173, 353, 9, 1, 3);
+      test_weight_side(dtype, 64, 1100, 37, 0, 3);
       for (const bool apply_gs : {false, true}) {
         for (const int64_t R : {1, 2, 3, 4, 7, 8, 13}) {
           for (const int64_t D : {0, 29, 64, 131}) {

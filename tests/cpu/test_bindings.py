@@ -5,7 +5,7 @@ import torch
 
 from hra_kernels import ops, reference
 from hra_kernels.backends import cpu as cpu_backend
-from hra_kernels.testing.cases import DTYPES, Case, explicit, make_inputs
+from hra_kernels.testing.cases import DTYPES, Case, explicit, explicit_weight_side, make_inputs
 from hra_kernels.testing.cases import naive as naive_chain
 from hra_kernels.testing.tolerance import assert_accurate
 
@@ -94,6 +94,30 @@ def test_reflect_bwd_rejects(changes, message):
 
 
 @pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x": 0}, "x must be a pointer to 24 elements, got null"),
+        ({"dx": 0}, "dx must be a pointer to 24 elements, got null"),
+        ({"dv": 0}, "dv must be a pointer to 12 elements, got null"),
+        ({"dt": 0}, "dt must be a pointer to 4 elements, got null"),
+        ({"v": 4098}, "v must be aligned to its 4-byte elements"),
+        ({"M": -1}, "M must be at least 0, got -1"),
+        ({"R": 0}, "R must be between 1 and 256, got 0"),
+        ({"stride_dxm": -6}, "stride_dxm must be at least 0, got -6"),
+        ({"stride_xm": -6}, "stride_xm must be at least 0, got -6"),
+        ({"dtype": 4}, "dtype must be 0"),
+        ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
+    ],
+)
+def test_weight_side_bwd_rejects(changes, message):
+    x = torch.ones(4, 6)
+    arguments = {name: x.data_ptr() for name in ("dv", "dt", "dx", "x", "v", "t")}
+    arguments |= {"M": 4, "D": 6, "R": 2, "stride_dxm": 6, "stride_xm": 6, "dtype": 0, "num_threads": 1} | changes
+    with pytest.raises(ValueError, match="weight_side_bwd: " + message):
+        native.weight_side_bwd(**arguments)
+
+
+@pytest.mark.parametrize(
     "changes, message", [({"u": 0}, "u must be a pointer"), ({"R": 300}, "R must be between 1 and")]
 )
 def test_wy_factor_rejects(changes, message):
@@ -134,6 +158,17 @@ def test_every_isa(isa, case, dtype):
     assert_accurate({"y": y.detach(), "dx": x.grad, "du": u.grad}, naive, exact, dtype, case.R)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("case", [case for case in ISA_CASES if case.transpose], ids=str)
+def test_every_isa_on_the_weight_side(isa, case, dtype):
+    x, u, dx = make_inputs(case, dtype)
+    exact = explicit_weight_side(x, u, dx, case)
+    naive = naive_chain(x, u, dx, case, dtype, explicit_weight_side)
+    v, t = CPU.wy_factor(u, case.apply_gs)
+    du = CPU.wy_factor_bwd(*CPU.weight_side_bwd(dx, x, v, t), u, v, t, case.apply_gs)
+    assert_accurate({"du": du}, naive, exact, dtype, case.R)
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=dtype_name)
 def test_every_isa_converts_every_16_bit_value(isa, half):
     """All 65536 bit patterns go through the kernel with v = 0 and come back; NaN stays NaN."""
@@ -169,6 +204,8 @@ def test_thread_counts_agree(threads, dtype):
     x, u, dy = make_inputs(case, dtype)
     exact = explicit(x, u, dy, case)
     naive = naive_chain(x, u, dy, case, dtype)
+    exact_weight = explicit_weight_side(x, u, dy, case)
+    naive_weight = naive_chain(x, u, dy, case, dtype, explicit_weight_side)
     first = None
     for count in (1, 2, 3):
         threads(count)
@@ -180,6 +217,8 @@ def test_thread_counts_agree(threads, dtype):
             first = first or {"y": y, "p": p, "dx": dx, "v": v, "t": t}
             assert all(torch.equal(first[k], now) for k, now in {"y": y, "p": p, "dx": dx, "v": v, "t": t}.items())
             assert_accurate({"y": y, "dx": dx, "du": du}, naive, exact, dtype, case.R)
+            du = CPU.wy_factor_bwd(*CPU.weight_side_bwd(dy, x, v, t), u, v, t, False)
+            assert_accurate({"du": du}, naive_weight, exact_weight, dtype, case.R)
 
 
 def test_runs_are_bitwise_repeatable_for_a_thread_count(threads):
@@ -187,9 +226,9 @@ def test_runs_are_bitwise_repeatable_for_a_thread_count(threads):
     x, dy = torch.randn(2, 700, 264).unbind()
     v, t = reference.wy_factor(torch.randn(264, 8))
     p = CPU.reflect_fwd(x, v, t, True)[1]
-    first = CPU.reflect_bwd(dy, x, v, t, p, True)
+    first = *CPU.reflect_bwd(dy, x, v, t, p, True), *CPU.weight_side_bwd(dy, x, v, t)
     for _ in range(20):
-        again = CPU.reflect_bwd(dy, x, v, t, p, True)
+        again = *CPU.reflect_bwd(dy, x, v, t, p, True), *CPU.weight_side_bwd(dy, x, v, t)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -226,7 +265,11 @@ def test_writes_all_of_its_rows_and_nothing_else(isa, shape, dtype):
         assert not (inside == mark).any()
         wide[1:-1, 2 : 2 + D] = mark
         assert (wide == mark).all()
-    for padded in (p, dv, dt):
+    weight_dv, weight_dt = (torch.full_like(tensor, mark) for tensor in (dv, dt))
+    gradients = {"dv": weight_dv[1].data_ptr(), "dt": weight_dt[1].data_ptr(), "dx": dy.data_ptr()}
+    del pointers["p"], sizes["transpose"]
+    native.weight_side_bwd(stride_dxm=D, stride_xm=D, **gradients, **pointers, **sizes)
+    for padded in (p, dv, dt, weight_dv, weight_dt):
         assert (padded[[0, -1]] == mark).all() and not (padded[1:-1] == mark).any()
 
 
@@ -241,6 +284,8 @@ def test_strided_u_and_factor_inputs_that_are_not_contiguous():
     assert torch.equal(CPU.reflect_fwd(x, *turned[:2], True)[0], y)
     straight, again = (CPU.reflect_bwd(dy, x, *some, True) for some in ((v, t, p), turned))
     assert all(torch.equal(a, b) for a, b in zip(straight, again, strict=True))
+    straight_weight, again = (CPU.weight_side_bwd(dy, x, *some) for some in ((v, t), turned[:2]))
+    assert all(torch.equal(a, b) for a, b in zip(straight_weight, again, strict=True))
     dv, dt = straight[1:]
     du = CPU.wy_factor_bwd(dv, dt, u, v, t, False)
     turned = [tensor.mT.contiguous().mT for tensor in (dv, dt, u, v, t)]

@@ -8,7 +8,16 @@ import torch
 
 from hra_kernels import ops, reference
 from hra_kernels.factors import factor_dtype
-from hra_kernels.testing.cases import CASES, DTYPES, SMALL_CASES, Case, explicit, make_inputs, make_u
+from hra_kernels.testing.cases import (
+    CASES,
+    DTYPES,
+    SMALL_CASES,
+    Case,
+    explicit,
+    explicit_weight_side,
+    make_inputs,
+    make_u,
+)
 from hra_kernels.testing.cases import naive as naive_chain
 from hra_kernels.testing.tolerance import assert_accurate
 
@@ -30,6 +39,13 @@ def chain_results(x, u, dy, case):
     return {"y": y.detach(), "dx": x.grad, "du": u.grad}
 
 
+def weight_side_du(x, u, dx, case):
+    """du of y = x (W Q)ᵀ through the registered operators."""
+    v, t = torch.ops.hra.wy_factor_fwd(u, case.apply_gs)
+    dv, dt = torch.ops.hra.weight_side_bwd(dx, x, v, t)
+    return torch.ops.hra.wy_factor_bwd(dv, dt, u, v, t, case.apply_gs)
+
+
 def skip_unsupported(backend, device, dtype, case):
     if backend in SLOW_BACKENDS and device.type == "cpu" and case in CASES and case not in SMALL_CASES:
         pytest.skip(f"{backend} is interpreted here, and this case is large")
@@ -47,6 +63,17 @@ def test_chain(on_backend, case, dtype, device):
     naive = naive_chain(x, u, dy, case, dtype)
     got = chain_results(x.to(device), u.to(device), dy.to(device), case)
     assert_accurate({name: tensor.cpu() for name, tensor in got.items()}, naive, exact, dtype, case.R)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", [case for case in CASES if case.transpose], ids=str)
+def test_weight_side(on_backend, case, dtype, device):
+    skip_unsupported(on_backend, device, dtype, case)
+    x, u, dx = make_inputs(case, dtype)
+    exact = explicit_weight_side(x, u, dx, case)
+    naive = naive_chain(x, u, dx, case, dtype, explicit_weight_side)
+    got = {"du": weight_side_du(x.to(device), u.to(device), dx.to(device), case).cpu()}
+    assert_accurate(got, naive, exact, dtype, case.R)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -120,9 +147,13 @@ def test_repeated_runs_are_bitwise_equal(on_backend, device, dtype):
     case, repeats = (Case(131, 264, 8), 3) if device.type == "cpu" else (Case(8192, 4096, 8), 10)
     skip_unsupported(on_backend, device, dtype, case)
     x, u, dy = (tensor.to(device) for tensor in make_inputs(case, dtype))
-    first = chain_results(x, u, dy, case)
+
+    def run():
+        return {**chain_results(x, u, dy, case), "weight side du": weight_side_du(x, u, dy, case)}
+
+    first = run()
     for _ in range(repeats):
-        again = chain_results(x, u, dy, case)
+        again = run()
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -133,6 +164,8 @@ def test_inputs_are_untouched_and_views_serve(on_backend, device, dtype):
     x, u, dy = (tensor.to(device) for tensor in make_inputs(case, dtype))
     exact = explicit(x.cpu(), u.cpu(), dy.cpu(), case)
     naive = naive_chain(x.cpu(), u.cpu(), dy.cpu(), case, dtype)
+    exact_weight = explicit_weight_side(x.cpu(), u.cpu(), dy.cpu(), case)
+    naive_weight = naive_chain(x.cpu(), u.cpu(), dy.cpu(), case, dtype, explicit_weight_side)
     wide_x, wide_dy = (torch.randn(size, device=device).to(dtype) for size in ((33, 333), (40, 100)))
     wide_x[:, 111:211], wide_dy[5:38] = x, dy
     column_u = u.mT.contiguous().mT
@@ -144,6 +177,9 @@ def test_inputs_are_untouched_and_views_serve(on_backend, device, dtype):
     ]:
         got = {name: tensor.cpu() for name, tensor in chain_results(*views, case).items()}
         assert_accurate(got, naive, exact, dtype, case.R)
+        strided = [tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (views[0], views[2])]
+        got = {"du": weight_side_du(strided[0], views[1], strided[1], case).cpu()}
+        assert_accurate(got, naive_weight, exact_weight, dtype, case.R)
     assert all(torch.equal(now, before) for now, before in zip([wide_x, wide_dy, column_u], kept, strict=True))
 
 
@@ -169,6 +205,7 @@ def test_empty(on_backend, shape, device, dtype):
     got = chain_results(x, u, dy, case)
     assert torch.equal(got["y"], x) and torch.equal(got["dx"], dy)
     assert got["du"].shape == (D, R) and not got["du"].any()
+    assert not weight_side_du(x, u.to(factor_dtype(dtype)), dy, case).any()
 
 
 EMPTY_VIEWS = {

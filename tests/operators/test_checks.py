@@ -6,21 +6,24 @@ import torch
 from hra_kernels import ops
 
 M, D, R = 4, 6, 2
-SHAPES = {"x": (M, D), "dy": (M, D), "u": (D, R), "v": (R, D), "dv": (R, D), "t": (R, R), "dt": (R, R), "p": (M, R)}
+SHAPES = {name: (M, D) for name in ("x", "dy", "dx")} | {name: (R, R) for name in ("t", "dt")}
+SHAPES |= {"u": (D, R), "v": (R, D), "dv": (R, D), "p": (M, R)}
 ARGUMENTS = {
     "wy_factor_fwd": ("u",),
     "wy_factor_bwd": ("dv", "dt", "u", "v", "t"),
     "reflect_fwd": ("x", "v", "t"),
     "reflect_dx": ("dy", "v", "t"),
     "reflect_bwd": ("dy", "x", "v", "t", "p"),
+    "weight_side_bwd": ("dx", "x", "v", "t"),
 }
+FLAGS = {op: () if op == "weight_side_bwd" else (False,) for op in ARGUMENTS}
 
 
 def arguments(op, device, **changes):
     tensors = {name: torch.ones(SHAPES[name], device=device) for name in ARGUMENTS[op]}
     for name, change in changes.items():
         tensors[name] = change(tensors[name])
-    return *tensors.values(), False
+    return *tensors.values(), *FLAGS[op]
 
 
 def columns_apart(tensor):
@@ -44,8 +47,12 @@ WRONG = [
     ("reflect_bwd", "dy", lambda dy: dy.to("meta"), ValueError, "dy must be on .*, got meta"),
     ("reflect_bwd", "p", lambda p: p[:3], ValueError, r"p must have shape \(4, 2\), got \(3, 2\)"),
     ("reflect_bwd", "p", torch.Tensor.double, TypeError, "p must be torch.float32, got torch.float64"),
+    ("weight_side_bwd", "dx", lambda dx: dx[:3], ValueError, r"dx must have shape \(4, 6\), got \(3, 6\)"),
+    ("weight_side_bwd", "dx", torch.Tensor.half, TypeError, "dx must be torch.float32, got torch.float16"),
+    ("weight_side_bwd", "dx", columns_apart, ValueError, r"dx must be \(M, D\) with contiguous rows"),
+    ("weight_side_bwd", "dx", lambda dx: dx.to("meta"), ValueError, "dx must be on .*, got meta"),
 ]
-for _op, _x in (("reflect_fwd", "x"), ("reflect_dx", "dy"), ("reflect_bwd", "x")):
+for _op, _x in (("reflect_fwd", "x"), ("reflect_dx", "dy"), ("reflect_bwd", "x"), ("weight_side_bwd", "x")):
     WRONG += [
         (_op, "v", lambda v: v[:, :5], ValueError, rf"v must be \(R, D\) with D = {_x}.* = 6, got shape \(2, 5\)"),
         (_op, "v", lambda v: v[0], ValueError, r"v must be \(R, D\) .* got shape \(6,\)"),
@@ -80,7 +87,7 @@ def test_what_a_forced_backend_does_not_serve(on_backend, device, op):
         shapes = {name: [rank if size == R else size for size in shape] for name, shape in SHAPES.items()}
         tensors = [torch.ones(shapes[name], device=device, dtype=dtype) for name in ARGUMENTS[op]]
         with pytest.raises(RuntimeError, match=f"backend '{on_backend}' was asked for and cannot serve this call: it"):
-            getattr(torch.ops.hra, op)(*tensors, False)
+            getattr(torch.ops.hra, op)(*tensors, *FLAGS[op])
 
 
 @pytest.mark.parametrize("op", ARGUMENTS)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 
 from hra_kernels import ops
 from hra_kernels.factors import factor_dtype
-from hra_kernels.testing.cases import DTYPES, Case, explicit, naive
+from hra_kernels.testing.cases import DTYPES, Case, explicit, explicit_weight_side, naive
 from hra_kernels.testing.tolerance import rounding, violations
 
 PROFILE = settings(
@@ -67,8 +67,32 @@ def test_any_chain(on_backend, device, data):
     y = ops.reflect_chain(leaves[0], [leaves[1]], [False], transpose=transpose)
     y.backward(dy.to(device))
     got = {"y": y.detach().cpu(), "dx": leaves[0].grad.cpu(), "du": leaves[1].grad.cpu()}
+    assert_agrees(got, x, u, dy, case, explicit)
+
+
+@PROFILE
+@given(data=st.data())
+def test_any_chain_on_the_weight_side(on_backend, device, data):
+    generator, features, kinds = data.draw(chains())
+    dtype = data.draw(st.sampled_from(DTYPES))
+    rows = data.draw(st.integers(0, 40))
+    case = Case(rows, features, len(kinds))
+    if ops.BACKENDS[on_backend].why_unsupported(device, dtype, case.R):
+        return
+    u = make_hostile_u(generator, features, kinds).to(factor_dtype(dtype))
+    padding = data.draw(st.integers(0, 3))
+    x, dx = (torch.randn(rows, features + padding, generator=generator).to(dtype)[:, padding:] for _ in range(2))
+    v, t = torch.ops.hra.wy_factor_fwd(u.to(device), False)
+    dv, dt = torch.ops.hra.weight_side_bwd(dx.to(device), x.to(device), v, t)
+    du = torch.ops.hra.wy_factor_bwd(dv, dt, u.to(device), v, t, False)
+    assert_agrees({"du": du.cpu()}, x, u, dx, case, explicit_weight_side)
+
+
+def assert_agrees(got, x, u, dy, case, answer):
+    """Finite, and by the accuracy rule what `answer` gives."""
+    dtype = x.dtype
     assert all(tensor.isfinite().all() for tensor in got.values())
-    exact, plain = explicit(x, u, dy, case), naive(x, u, dy, case, dtype)
+    exact, plain = answer(x, u, dy, case), naive(x, u, dy, case, dtype, answer)
     # the columns' scales differ by 60 orders of magnitude: each column's gradient is judged on its own scale
     scale = torch.linalg.vector_norm(u.double(), dim=0)
     for results in (got, exact, plain):

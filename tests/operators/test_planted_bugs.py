@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hra_kernels import reference
-from hra_kernels.testing.cases import Case, explicit, make_inputs, naive
+from hra_kernels.testing.cases import Case, explicit, explicit_weight_side, make_inputs, naive
 from hra_kernels.testing.tolerance import relative, rounding, violations
 
 RANDOM = Case(128, 1000, 8)
@@ -169,6 +169,75 @@ MISSED = {
 def test_the_rule_rejects(case, dtype):
     rejected = table(case, dtype)
     assert {bug for bug, found in rejected.items() if not found} == {"correct"} | MISSED[case, dtype]
+
+
+def weight_side_dx_for_dy(dx, x, v, t):
+    """The gradient that reaches x taken for the one that reaches x Qᵀ."""
+    return reference.reflect_bwd(dx, x, v, t, x.to(v.dtype) @ v.mT, True)[1:]
+
+
+def weight_side_swapped(dx, x, v, t):
+    return reference.weight_side_bwd(x, dx, v, t)
+
+
+def weight_side_unreflected_f(dx, x, v, t):
+    """tᵀ F for tᵀ (I - g t) F."""
+    dv, dt = reference.weight_side_bwd(dx, x, v, t)
+    f = (dx.to(v.dtype) @ v.mT).mT @ x.to(v.dtype)
+    return dv - t.mT @ (v @ v.mT) @ t @ f, dt
+
+
+def weight_side_unreflected_e(dx, x, v, t):
+    """t E for t (E - c tᵀ v)."""
+    dv, dt = reference.weight_side_bwd(dx, x, v, t)
+    c = (x.to(v.dtype) @ v.mT).mT @ (dx.to(v.dtype) @ v.mT)
+    return dv - t @ c @ t.mT @ v, dt
+
+
+def weight_side_dt_transposed(dx, x, v, t):
+    dv, dt = reference.weight_side_bwd(dx, x, v, t)
+    return dv, dt.mT
+
+
+def weight_side_dt_unreflected(dx, x, v, t):
+    dv, _ = reference.weight_side_bwd(dx, x, v, t)
+    return dv, -((x.to(v.dtype) @ v.mT).mT @ (dx.to(v.dtype) @ v.mT)).mT
+
+
+def weight_side_without_f(dx, x, v, t):
+    dv, dt = reference.weight_side_bwd(dx, x, v, t)
+    k = torch.eye(v.shape[0]) - v @ v.mT @ t
+    return dv + t.mT @ k @ (dx.to(v.dtype) @ v.mT).mT @ x.to(v.dtype), dt
+
+
+def weight_side_last_block(dx, x, v, t):
+    keep = (x.shape[0] - 1) // 64 * 64
+    return reference.weight_side_bwd(dx[:keep], x[:keep], v, t)
+
+
+WEIGHT_SIDE_BUGS = {
+    "correct": reference.weight_side_bwd,
+    "dx for dy": weight_side_dx_for_dy,
+    "x and dx swapped": weight_side_swapped,
+    "F not reflected": weight_side_unreflected_f,
+    "E not reflected": weight_side_unreflected_e,
+    "dt transposed": weight_side_dt_transposed,
+    "dt not reflected": weight_side_dt_unreflected,
+    "dv without F": weight_side_without_f,
+    "last row block not summed": weight_side_last_block,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [RANDOM, Case(130, 264, 7)], ids=str)
+@pytest.mark.parametrize("bug", WEIGHT_SIDE_BUGS)
+def test_the_rule_rejects_on_the_weight_side(bug, case, dtype):
+    x, u, dx = make_inputs(case, dtype)
+    v, t = reference.wy_factor(u)
+    du = reference.wy_factor_bwd(*WEIGHT_SIDE_BUGS[bug](dx, x, v, t), u, v, t)
+    exact = explicit_weight_side(x, u, dx, case)
+    plain = naive(x, u, dx, case, dtype, explicit_weight_side)
+    assert bool(violations({"du": du}, plain, exact, dtype, case.R)) == (bug != "correct")
 
 
 def reflected(x, u):
