@@ -1,0 +1,1 @@
+"""HRA for other trainers, through their plugin interfaces; each module needs the trainer that it is named after."""
