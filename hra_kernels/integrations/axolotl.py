@@ -5,8 +5,8 @@
     lora_r: 8
     lora_target_linear: true
 
-It also reads lora_target_modules, lora_target_parameters, lora_exclude_modules, lora_modules_to_save, lora_model_dir, and
-its own hra_apply_gs; HRA has no alpha and no dropout.
+It also reads lora_target_modules, lora_target_parameters, lora_exclude_modules, lora_modules_to_save, lora_model_dir
+and its own hra_apply_gs; HRA has no alpha and no dropout.
 """
 
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
