@@ -6,7 +6,7 @@ Two stand-ins, each trained by AdamW with the schedule of `hra-kernels train nlu
     nlu         the model and data of `hra-kernels train nlu`, for 100 steps of 16 sentences; the head has its own rate
 
 Results go to `bench/results/learning-rate.json`, where runs that are there already are kept; from them the plot beside
-it and the table in `hra_kernels/peft/LEARNING_RATE.md` are made. About 10 minutes on one core.
+it and the table in `hra_kernels/peft/LEARNING_RATE.md` are made. About 10 minutes on one idle core.
 """
 
 import itertools
@@ -178,8 +178,8 @@ def main() -> None:
         RESULTS.write_text(json.dumps({"rotation": ROTATION, "nlu": NLU, "runs": runs}, indent=1) + "\n")
     draw(runs, RESULTS.with_suffix(".svg"))
     if PAGE.exists():
-        marked = r"(?<=<!-- sweep -->\n).*?(?=\n<!-- /sweep -->)"
-        PAGE.write_text(re.sub(marked, lambda _: table(runs), PAGE.read_text(), flags=re.DOTALL))
+        marked = r"(?<=<!-- sweep -->\n).*?(?=<!-- /sweep -->)"
+        PAGE.write_text(re.sub(marked, lambda _: table(runs) + "\n", PAGE.read_text(), flags=re.DOTALL))
 
 
 if __name__ == "__main__":
