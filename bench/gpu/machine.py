@@ -1,6 +1,7 @@
 """What is here, and the two ceilings, a large copy and a large matrix product: for `bench.gpu.run`."""
 
 import argparse
+import importlib.util
 import json
 import platform
 import re
@@ -26,18 +27,17 @@ def version(package: str) -> str | None:
         return None
 
 
-def ptxas_version() -> str | None:
-    """The release of the assembler that Triton brings, which decides registers and spills."""
-    try:
-        import triton
-    except ImportError:
-        return None
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    if not path.exists():
-        return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release ([\d.]+), (V[\d.]+)", said)
-    return found.group(2) if found else said.strip()[-80:]
+def assemblers() -> dict[str, str]:
+    """Triton brings several, each for some GPUs: they decide registers and spills, and some have made wrong code."""
+    found = importlib.util.find_spec("triton")
+    if found is None:
+        return {}
+    folder = Path(found.origin).parent / "backends" / "nvidia" / "bin"
+    versions = {}
+    for path in sorted(folder.glob("ptxas*")):
+        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        versions[path.name] = "".join(re.findall(r"release [\d.]+, (V[\d.]+)", said)) or said.strip()[-80:]
+    return versions
 
 
 def seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
@@ -56,7 +56,7 @@ def seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) 
 def facts(device: torch.device) -> dict:
     """Versions, the GPU, tools on the PATH, copy rate and rate of a matrix product."""
     found = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    found |= {"ptxas": ptxas_version(), "tools": {name: shutil.which(name) is not None for name in TOOLS}}
+    found |= {"assemblers": assemblers(), "tools": {name: shutil.which(name) is not None for name in TOOLS}}
     on_gpu = device.type == "cuda"
     if on_gpu:
         found["gpu"] = torch.cuda.get_device_name()

@@ -8,6 +8,7 @@ import sys
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import HRAConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.hra import HRALayer
 from peft.tuners.hra.layer import HRAConv2d as PeftHRAConv2d
@@ -115,8 +116,9 @@ def test_inject_adapter_in_model(switched_on):
 
 def test_transformers_add_adapter(switched_on):
     transformers = pytest.importorskip("transformers")
-    if peft.__version__.startswith("0.19.") and int(transformers.__version__.split(".")[0]) >= 5:
-        pytest.skip("transformers 5 wants PEFT 0.20 or newer for its own add_adapter")
+    wanted = importlib.import_module("transformers.integrations.peft").MIN_PEFT_VERSION
+    if Version(peft.__version__) < Version(wanted):
+        pytest.skip(f"transformers {transformers.__version__} wants PEFT {wanted} or newer for its own add_adapter")
     settings = transformers.BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, vocab_size=40
     )

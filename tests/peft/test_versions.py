@@ -1,20 +1,15 @@
-"""The drop-in on the other PEFT releases it names, each from a folder and in a process of its own.
+"""The drop-in on the other PEFT releases it names, each in a process of its own; `.ci/matrix` runs more tests."""
 
-The releases are fetched with pip into pytest's cache; where that cannot be done the tests are skipped, with the reason.
-"""
-
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import peft
 import pytest
 
 import hra_kernels.peft
 from hra_kernels.peft import SUPPORTED
+from tests import releases
 
-ROOT = Path(__file__).resolve().parents[2]
 RELEASES = {"0.19": "0.19.1", "0.20": "0.20.0", "0.21": "0.21.2"}
 FILES = [
     f"tests/peft/test_{name}.py"
@@ -60,17 +55,8 @@ def test_every_supported_release_is_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("release", [r for s, r in RELEASES.items() if not peft.__version__.startswith(s + ".")])
 def test_other_release(release, request):
-    folder = Path(request.config.cache.mkdir("peft-releases")) / release
-    if not (folder / "complete").exists():
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade", "--target", str(folder)]
-        done = subprocess.run([*command, f"peft=={release}"], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"pip install peft=={release}: {(done.stdout + done.stderr).strip().splitlines()[-1]}")
-        (folder / "complete").touch()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-    check = "import peft; assert peft.__version__ == " + repr(release)
-    subprocess.run([sys.executable, "-c", check], env=environment, check=True)
+    environment = releases.environment("peft", release, request.config.cache)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTION, *FILES]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=releases.ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:]
     assert " passed" in done.stdout

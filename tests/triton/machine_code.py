@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 
 from hra_kernels.backends import triton as triton_backend
 from hra_kernels.backends import triton_factor_kernels, triton_kernels, tuning
+from tests.triton import wgmma
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -161,6 +162,7 @@ class Compiled:
     spills: int
     matrix: str
     wide: int
+    overwritten: int
 
     def problems(self) -> list[str]:
         """Why this launch must not ship; empty where it may."""
@@ -173,6 +175,8 @@ class Compiled:
             found.append("no matrix instruction")
         if self.launch.kernel in MATRIX_KERNELS and not self.wide:
             found.append("no 16-byte access")
+        if self.overwritten:
+            found.append(f"{self.overwritten} instructions write registers that a running wgmma uses")
         return found
 
 
@@ -218,6 +222,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     return Compiled(
         launch, target, compiled.metadata.shared, registers, stack, spills,
         f"{matrix[0][0].rstrip('_')} x {matrix[0][1]}" if matrix else "", len(re.findall(WIDE, assembly)),
+        len(wgmma.overwritten(assembly)),
     )  # fmt: skip
 
 
