@@ -1,5 +1,7 @@
 """What every operator requires of its arguments, whichever backend serves it. `op` is the name that errors give."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,20 @@ def check_factor(op: str, name: str, x: Tensor, v: Tensor, t: Tensor) -> None:
             raise ValueError(f"{op}: {other} must be on {name}'s device {device}, got {tensor.device}")
 
 
+def check_chain(op: str, name: str, x: Tensor, v: Tensor, t: Tensor, us: Sequence[Tensor]) -> None:
+    """`check_factor`, and us (D, R_i) whose factor v and t can be: R is the sum of R_i."""
+    check_factor(op, name, x, v, t)
+    v_shape = v.shape
+    if len(us) == 1 and us[0].shape == v_shape[::-1] and us[0].device == v.device:
+        return check_dtype(op, "u", us[0])
+    for u in us:
+        check_u(op, u)
+        check_like(op, "u", u, (v_shape[1], u.shape[1]), u.dtype, v.device)
+    rank = sum(u.shape[1] for u in us)
+    if rank != v_shape[0]:
+        raise ValueError(f"{op}: v must have as many rows as all of u have columns, {rank}, got {v_shape[0]}")
+
+
 def check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
     """A tensor whose shape, dtype and device follow from the others."""
     if tensor.shape != shape:
@@ -72,6 +88,12 @@ def check_weight_side_bwd(op: str, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) 
     """What `reflect_fwd` takes, and the gradient of its x."""
     check_factor(op, "x", x, v, t)
     check_like(op, "dx", dx, x.shape, x.dtype, x.device)
+
+
+def check_gradient(op: str, dy: Tensor, rows: Tensor, v: Tensor, p: Tensor) -> None:
+    """dy and p of rows (M, D) that v (R, D) fits."""
+    check_like(op, "dy", dy, rows.shape, rows.dtype, rows.device)
+    check_like(op, "p", p, (rows.shape[0], v.shape[0]), v.dtype, rows.device)
 
 
 def check_wy_factor_bwd(op: str, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor) -> None:

@@ -24,9 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from hra_kernels.factors import join_factors
-from hra_kernels.ops import chain_factor, factor_in_groups, wants_plain_ops, wy_factor_many
-
-_PLAIN = (Tensor, nn.Parameter)
+from hra_kernels.ops import PLAIN, chain_factor, factor_in_groups, wants_plain_ops, wy_factor_many
 
 _optimizer_steps = 0
 
@@ -47,7 +45,7 @@ def _after_step(optimizer: Optimizer, *_: object) -> None:
     _optimizer_steps += 1
     if _capturing():
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        _captured.update(parameter.data_ptr() for parameter in parameters if type(parameter) in _PLAIN)
+        _captured.update(parameter.data_ptr() for parameter in parameters if type(parameter) in PLAIN)
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -106,7 +104,7 @@ class FactorCache:
     def _may_keep(self, us: Sequence[Tensor]) -> bool:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        if any(type(u) not in _PLAIN or u.is_inference() for u in us):
+        if any(type(u) not in PLAIN or u.is_inference() for u in us):
             return False
         if _values_are_at_hand(us):
             return True

@@ -9,7 +9,9 @@ between two optimizer steps while each micro-batch's graph is freed on its own.
 
 Each operator is one `torch.library` schema served by whichever backend `select_backend` names, and checks its arguments
 (`hra_kernels.checks`) before; `hra_kernels.reference` is the specification of all of them. Double backward,
-forward-mode AD and `torch.func` transforms run the reference's plain PyTorch instead.
+forward-mode AD and `torch.func` transforms run the reference's plain PyTorch instead. In eager mode `reflect_chain` is
+one node of the graph, calls the backend itself and checks its arguments as the operators would: through the dispatcher,
+and as a node each, reflections and factor take longer than small layers compute.
 """
 
 import math
@@ -43,6 +45,9 @@ __all__ = [
 ]
 
 # --- schemas ----------------------------------------------------------------------------------------------------------
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors that are what they seem, with a storage of their own."""
 
 _library = torch.library.Library("hra", "DEF")
 _library.define("wy_factor_fwd(Tensor u, bool apply_gs) -> (Tensor, Tensor)")
@@ -192,10 +197,29 @@ def wants_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def _has_rows(x: Tensor) -> bool:
+    """Whether `_rows` is a view for certain."""
+    return x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as (M, D) with contiguous rows: a view wherever one exists."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not Size.numel(): it makes a symbolic size a constant
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+
+
+def is_eager(*tensors: Tensor) -> bool:
+    """Whether nobody watches operators on these: no compiler, tracer, transform, dispatch mode or tensor subclass."""
+    if torch.compiler.is_compiling():
+        return False
+    return not (
+        torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+    ) and all(type(tensor) in PLAIN for tensor in tensors)
 
 
 def _gradient_rows(dy: Tensor) -> Tensor:
@@ -207,6 +231,12 @@ def _plain_chain_factor(us: Sequence[Tensor], apply_gs: Sequence[bool]) -> tuple
     """`chain_factor` in differentiable plain PyTorch."""
     wy_factor = reference.portable_factor if _traced_to_onnx() else reference.wy_factor
     return join_factors([wy_factor(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
+
+
+def _plain_chain(x: Tensor, us: Sequence[Tensor], apply_gs: Sequence[bool], transpose: bool) -> Tensor:
+    """`reflect_chain` in differentiable plain PyTorch."""
+    v, t = _plain_chain_factor(us, apply_gs)
+    return reference.reflect_fwd(_rows(x), v, t, transpose)[0].reshape(x.shape)
 
 
 class _Reflect(torch.autograd.Function):
@@ -251,16 +281,63 @@ class _Factor(torch.autograd.Function):
         if wants_graph():
             plain = lambda *us: _plain_chain_factor(us, ctx.apply_gs)  # noqa: E731
             return None, None, None, *differentiable_backward(plain, us, needed, (dv, dt))
+        return None, None, None, *_factor_bwd(torch.ops.hra.wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
+
+
+def _factor_bwd(
+    wy_factor_bwd: Callable,
+    dv: Tensor,
+    dt: Tensor,
+    us: Sequence[Tensor],
+    v: Tensor,
+    t: Tensor,
+    apply_gs: Sequence[bool],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the us that need one, from those of their joined factor."""
+    factors, grads = [(v, t)], [(dv, dt)]
+    if len(us) > 1:
         widths = [u.shape[1] for u in us]
-        factors, grads = [(v, t)], [(dv, dt)]
-        if len(us) > 1:
-            factors = split_factor(v, t, widths)
-            grads = join_factors_bwd(dv, dt, v, t, widths)
-        parts = zip(grads, us, factors, ctx.apply_gs, needed, strict=True)
-        dus = [
-            torch.ops.hra.wy_factor_bwd(*grad, u, *factor, gs) if need else None for grad, u, factor, gs, need in parts
-        ]
-        return None, None, None, *dus
+        factors = split_factor(v, t, widths)
+        grads = join_factors_bwd(dv, dt, v, t, widths)
+    parts = zip(grads, us, factors, apply_gs, needed, strict=True)
+    return [wy_factor_bwd(*grad, u, *factor, gs) if need else None for grad, u, factor, gs, need in parts]
+
+
+class _Chain(torch.autograd.Function):
+    """`_Reflect` and `_Factor` as one node, in eager mode: x, and the us behind a factor computed without gradient."""
+
+    @staticmethod
+    def forward(ctx, x, factor, apply_gs, transpose, *us):
+        v, t = factor
+        y, p = choose(x.device, x.dtype, *v.shape).reflect_fwd(_rows(x), v, t, transpose)
+        ctx.apply_gs, ctx.transpose = apply_gs, transpose
+        ctx.save_for_backward(x, v, t, p, *us)
+        return y if x.dim() == 2 else y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, v, t, p, *us = ctx.saved_tensors
+        need_dx, _, _, _, *needed = ctx.needs_input_grad
+        if wants_graph():
+            plain = lambda x, *us: (_plain_chain(x, us, ctx.apply_gs, ctx.transpose),)  # noqa: E731
+            dx, *dus = differentiable_backward(plain, (x, *us), (need_dx, *needed), (dy,))
+            return dx, None, None, None, *dus
+        shape, rows, dy = x.shape, _rows(x), _gradient_rows(dy)
+        if is_eager(dy, x, v, t, p, *us):
+            checks.check_chain("reflect_chain", "x", x, v, t, us)
+            checks.check_gradient("reflect_chain", dy, rows, v, p)
+            reflect_bwd = choose(x.device, x.dtype, *v.shape).reflect_bwd
+            wy_factor_bwd = _wy_factor_bwd_unchecked
+        else:  # in compiled autograd, or a hook on saved tensors has brought others
+            reflect_bwd, wy_factor_bwd = torch.ops.hra.reflect_bwd, torch.ops.hra.wy_factor_bwd
+        dx, dv, dt = reflect_bwd(dy, rows, v, t, p, ctx.transpose)
+        dus = _factor_bwd(wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
+        return dx.view(shape) if need_dx else None, None, None, None, *dus
+
+
+def _wy_factor_bwd_unchecked(dv, dt, u, v, t, apply_gs):
+    return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor_bwd(dv, dt, u, v, t, apply_gs)
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -407,6 +484,19 @@ def reflect_chain(
     Returns:
         (..., D) in x's dtype.
     """
-    v, t = attach_factor(in_factor_dtype(us, x.dtype), apply_gs, factor)
-    checks.check_factor("reflect_chain", "x", x, v, t)
-    return _reflect(x, v, t, transpose)
+    us = in_factor_dtype(us, x.dtype)
+    if not is_eager(x, *us):
+        v, t = attach_factor(us, apply_gs, factor)
+        checks.check_factor("reflect_chain", "x", x, v, t)
+        return _reflect(x, v, t, transpose)
+    v, t = factor = factor or chain_factor(us, apply_gs, x.dtype)
+    checks.check_chain("reflect_chain", "x", x, v, t, us)
+    if torch.is_grad_enabled():
+        if any(u.requires_grad for u in us):
+            if _has_rows(x):
+                return _Chain.apply(x, factor, apply_gs, transpose, *us)
+            return _Chain.apply(_rows(x), factor, apply_gs, transpose, *us).view(x.shape)
+        if x.requires_grad:
+            return _reflect(x, v, t, transpose)
+    y = choose(x.device, x.dtype, *v.shape).reflect_dx(_rows(x), v, t, not transpose)
+    return y if x.dim() == 2 else y.view(x.shape)
