@@ -48,15 +48,15 @@ def check_factor(op: str, name: str, x: Tensor, v: Tensor, t: Tensor) -> None:
 def check_chain(op: str, name: str, x: Tensor, v: Tensor, t: Tensor, us: Sequence[Tensor]) -> None:
     """`check_factor`, and us (D, R_i) whose factor v and t can be: R is the sum of R_i."""
     check_factor(op, name, x, v, t)
-    v_shape = v.shape
-    if len(us) == 1 and us[0].shape == v_shape[::-1] and us[0].device == v.device:
-        return check_dtype(op, "u", us[0])
+    rank, width = v.shape
+    if len(us) == 1 and us[0].shape == (width, rank) and us[0].dtype in _FLOATING and us[0].device == v.device:
+        return
     for u in us:
         check_u(op, u)
-        check_like(op, "u", u, (v_shape[1], u.shape[1]), u.dtype, v.device)
-    rank = sum(u.shape[1] for u in us)
-    if rank != v_shape[0]:
-        raise ValueError(f"{op}: v must have as many rows as all of u have columns, {rank}, got {v_shape[0]}")
+        check_like(op, "u", u, (width, u.shape[1]), u.dtype, v.device)
+    columns = sum(u.shape[1] for u in us)
+    if columns != rank:
+        raise ValueError(f"{op}: v must have one row for each of the {columns} columns of u, got {rank}")
 
 
 def check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):

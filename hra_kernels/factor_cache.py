@@ -102,10 +102,11 @@ class FactorCache:
         self._entry = None
 
     def _may_keep(self, us: Sequence[Tensor]) -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return False
-        if any(type(u) not in PLAIN or u.is_inference() for u in us):
-            return False
+        for u in us:
+            if type(u) not in PLAIN or u.is_inference():
+                return False
         if _values_are_at_hand(us):
             return True
         if _capturing():
@@ -120,7 +121,10 @@ class FactorCache:
         if entry is None or entry[0] != key:
             return None
         _, values, _, factor = entry
-        return factor if all(torch.equal(value, u) for value, u in zip(values, us, strict=False)) else None
+        for value, u in zip(values, us, strict=False):
+            if not torch.equal(value, u):
+                return None
+        return factor
 
     def _keep(self, key: tuple, us: Sequence[Tensor], values: list[Tensor], factor: tuple[Tensor, Tensor]) -> None:
         storages = [] if values else [StorageWeakRef(u.untyped_storage()) for u in us]
@@ -155,7 +159,9 @@ class KeepsFactors(nn.Module):
         """Whether a forward pre-hook of the layer, or of `modules` in it, may bring parameters; its cache is told."""
         if torch.compiler.is_compiling():  # nothing is kept
             return False
-        late = any(module._forward_pre_hooks for module in (self, *modules))
+        late = bool(self._forward_pre_hooks)
+        for module in modules:
+            late = late or bool(module._forward_pre_hooks)
         self._factors.parameters_come_late = late
         return late
 
@@ -164,7 +170,7 @@ def validity_key(us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dt
     """All that a factor belongs to but values."""
     wide = dtype == torch.float64
     if _values_are_at_hand(us):
-        return (wide, *((u.device, u.dtype, gs) for u, gs in zip(us, apply_gs, strict=True)))
+        return (wide, *apply_gs, *[u.dtype for u in us])
     device = us[0].device
     stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
     places = (

@@ -212,14 +212,18 @@ def _rows(x: Tensor) -> Tensor:
 
 def is_eager(*tensors: Tensor) -> bool:
     """Whether nobody watches operators on these: no compiler, tracer, transform, dispatch mode or tensor subclass."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (
-        torch._C._get_tracing_state() is not None
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack()
-    ) and all(type(tensor) in PLAIN for tensor in tensors)
+    ):
+        return False
+    for tensor in tensors:  # a loop: `all` makes a generator, and every layer passes here
+        if type(tensor) not in PLAIN:
+            return False
+    return True
 
 
 def _gradient_rows(dy: Tensor) -> Tensor:
@@ -333,7 +337,11 @@ class _Chain(torch.autograd.Function):
             reflect_bwd, wy_factor_bwd = torch.ops.hra.reflect_bwd, torch.ops.hra.wy_factor_bwd
         dx, dv, dt = reflect_bwd(dy, rows, v, t, p, ctx.transpose)
         dus = _factor_bwd(wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
-        return dx.view(shape) if need_dx else None, None, None, None, *dus
+        if not need_dx:
+            dx = None
+        elif len(shape) != 2:
+            dx = dx.view(shape)
+        return dx, None, None, None, *dus
 
 
 def _wy_factor_bwd_unchecked(dv, dt, u, v, t, apply_gs):

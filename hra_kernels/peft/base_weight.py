@@ -35,7 +35,7 @@ _BLOCK = 2**22
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate loads this module's own parameters around its forward, and only then."""
-    return getattr(getattr(module, "_hf_hook", None), "offload", False)
+    return getattr(vars(module).get("_hf_hook"), "offload", False)  # found missing sooner than by getattr
 
 
 def runs_on(module: nn.Module) -> torch.device | None:

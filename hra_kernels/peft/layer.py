@@ -26,6 +26,9 @@ from hra_kernels.peft.powers import PowerCache
 from hra_kernels.peft.sharded import is_sharded, whole_vectors
 
 
+_WITHOUT_BASE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
 class ReflectionLayer(KeepsFactors, HRALayer):
     """A subclass supplies `_vector_shape`, `_adapted_forward`, and `_mixed_forward` if it can.
 
@@ -80,6 +83,11 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         """in_features and out_features, as PEFT names them."""
         return _get_in_out_features(self.get_base_layer())
 
+    def get_base_layer(self) -> nn.Module:
+        """As PEFT's; at once, where the base layer is one that has none itself."""
+        base = self.base_layer
+        return base if type(base) in _WITHOUT_BASE else super().get_base_layer()
+
     def _vector_shape(self) -> tuple[int, ...]:
         """The shape of `hra_u` without its last dimension, r."""
         raise NotImplementedError
@@ -107,9 +115,9 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         Raises:
             ValueError: the power is not defined.
         """
-        us, apply_gs = [], []
+        us, apply_gs, hra_u = [], [], self.hra_u
         for name in names:
-            u, gs, scale = self.hra_u[name], self.hra_apply_GS[name], self._scale_of(name)
+            u, gs, scale = hra_u[name], self.hra_apply_GS[name], self._scale_of(name)
             us.append(u if scale == 1 else self._power(name, scale))
             apply_gs.append(gs and scale == 1)
         return us, apply_gs
@@ -218,7 +226,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             self.hra_scales[name] = scales
 
     def _scale_of(self, name: str) -> float:
-        return math.prod(self.hra_scales[name])
+        scales = self.hra_scales[name]
+        return math.prod(scales) if scales else 1
 
     def _set_scales(self, name: str, scales: list[float]) -> None:
         before, self.hra_scales[name] = self.hra_scales[name], scales
@@ -246,7 +255,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
     def _adapters_to_apply(self, adapter_names: list[str] | None = None) -> list[str]:
         """In PEFT's order: W Q_1 Q_2 ...; of a mixed batch, those on this layer that a sample names."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return []
         if adapter_names is not None:
             names = [name for name in self.hra_r if name in adapter_names]
@@ -264,6 +273,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             ValueError: an active adapter that is not merged comes before one that is.
         """
         active = [name for name in self.active_adapters if name in self.hra_r]
+        if not merged:
+            return active
         left = [name for name in active if name not in merged]
         if not left or not set(merged) <= set(active):
             return []
@@ -290,15 +301,18 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             check_mixed_batch(self, x, adapter_names)
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         names = self._adapters_to_apply(adapter_names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        self.look_for_hooks(self.hra_u)
+        hra_u = self.hra_u
         if not torch.compiler.is_compiling():
-            gather_in_forward(self, [held(self.hra_u, name) for name in names])
-        with base_weight.loaded(self.hra_u):
+            self.look_for_hooks(hra_u)
+            gather_in_forward(self, [held(hra_u, name) for name in names])
+        if not base_weight.is_offloaded(hra_u):
+            return self._cast_forward(x, names, adapter_names, *args, **kwargs)
+        with base_weight.loaded(hra_u):
             return self._cast_forward(x, names, adapter_names, *args, **kwargs)
 
     def _cast_forward(
@@ -306,19 +320,22 @@ class ReflectionLayer(KeepsFactors, HRALayer):
     ) -> Tensor:
         given = x.dtype
         x = self._cast_for_base(x)
+        cast = x.dtype != given and not torch.is_autocast_enabled(x.device.type)
         if adapter_names is not None:
             result = self._mixed_forward(x, adapter_names, *args, **kwargs)
         else:
             result = self._adapted_forward(x, *self.chain(names), *args, **kwargs)
             if len(self.hra_r) > 1:
                 _show_to_checkpoints([list(self.hra_r).index(name) for name in names], result)
-        return result if x.dtype == given or torch.is_autocast_enabled(x.device.type) else result.to(given)
+        return result.to(given) if cast else result
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
-        kind = x.device.type
+        kind, given = x.device.type, x.dtype
         if torch.is_autocast_enabled(kind):
-            return x if x.dtype == torch.float64 else self._cast_input_dtype(x, torch.get_autocast_dtype(kind))
-        dtype = getattr(self.base_parameter(), "dtype", None)
+            return x if given == torch.float64 else self._cast_input_dtype(x, torch.get_autocast_dtype(kind))
+        dtype = getattr(self.base_parameter(), "dtype", given)
+        if dtype == given:
+            return x
         # a quantized weight's dtype says nothing about the inputs it wants
         return self._cast_input_dtype(x, dtype) if dtype in base_weight.MERGEABLE else x
 
