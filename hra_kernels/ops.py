@@ -328,15 +328,13 @@ class _Chain(torch.autograd.Function):
             dx, *dus = differentiable_backward(plain, (x, *us), (need_dx, *needed), (dy,))
             return dx, None, None, None, *dus
         shape, rows, dy = x.shape, _rows(x), _gradient_rows(dy)
-        if is_eager(dy, x, v, t, p, *us):
+        if is_eager(dy, x, v, t, p, *us):  # not in compiled autograd, or where hooks on saved tensors brought others
             checks.check_chain("reflect_chain", "x", x, v, t, us)
             checks.check_gradient("reflect_chain", dy, rows, v, p)
-            reflect_bwd = choose(x.device, x.dtype, *v.shape).reflect_bwd
-            wy_factor_bwd = _wy_factor_bwd_unchecked
-        else:  # in compiled autograd, or a hook on saved tensors has brought others
-            reflect_bwd, wy_factor_bwd = torch.ops.hra.reflect_bwd, torch.ops.hra.wy_factor_bwd
-        dx, dv, dt = reflect_bwd(dy, rows, v, t, p, ctx.transpose)
-        dus = _factor_bwd(wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
+            dx, dus = _chain_bwd(dy, rows, us, v, t, p, ctx.transpose, ctx.apply_gs, needed)
+        else:
+            dx, dv, dt = torch.ops.hra.reflect_bwd(dy, rows, v, t, p, ctx.transpose)
+            dus = _factor_bwd(torch.ops.hra.wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
         if not need_dx:
             dx = None
         elif len(shape) != 2:
@@ -344,8 +342,21 @@ class _Chain(torch.autograd.Function):
         return dx, None, None, None, *dus
 
 
-def _wy_factor_bwd_unchecked(dv, dt, u, v, t, apply_gs):
-    return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+def _chain_bwd(dy, x, us, v, t, p, transpose, apply_gs, needed):
+    """dx, and the gradients of the us that need one, by the backend itself."""
+    device, u = x.device, us[0]
+    backend = choose(device, x.dtype, *v.shape)
+    factor_backend = choose(device, u.dtype, u.shape[1], factor=True)
+    if len(us) == 1 and factor_backend is backend:  # which may have one launch for both
+        dx, du = backend.chain_bwd(dy, x, u, v, t, p, transpose, apply_gs[0])
+        return dx, [du]
+    dx, dv, dt = backend.reflect_bwd(dy, x, v, t, p, transpose)
+
+    def wy_factor_bwd(dv, dt, u, v, t, gs):
+        chosen = choose(device, u.dtype, u.shape[1], factor=True)
+        return chosen.wy_factor_bwd(dv, dt, u, v, t, gs)
+
+    return dx, _factor_bwd(wy_factor_bwd, dv, dt, us, v, t, apply_gs, needed)
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -415,8 +426,8 @@ def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[T
 
 def in_factor_dtype(us: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """us such that their factor has `dtype`'s factor dtype; only a mixture with float64 needs a conversion."""
-    wanted = factor_dtype(dtype)
-    return [u if factor_dtype(u.dtype) == wanted else u.to(wanted) for u in us]
+    wide = dtype == torch.float64
+    return [u if (u.dtype == torch.float64) == wide else u.to(factor_dtype(dtype)) for u in us]
 
 
 def attach_factor(
@@ -500,7 +511,7 @@ def reflect_chain(
     v, t = factor = factor or chain_factor(us, apply_gs, x.dtype)
     checks.check_chain("reflect_chain", "x", x, v, t, us)
     if torch.is_grad_enabled():
-        if any(u.requires_grad for u in us):
+        if us[0].requires_grad or any(u.requires_grad for u in us):
             if _has_rows(x):
                 return _Chain.apply(x, factor, apply_gs, transpose, *us)
             return _Chain.apply(_rows(x), factor, apply_gs, transpose, *us).view(x.shape)

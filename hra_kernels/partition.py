@@ -26,6 +26,12 @@ def held(module: nn.Module, name: str) -> Any:
     return getattr(module, name) if hasattr(type(module), name) else None
 
 
+def weight_of(module: nn.Module) -> Any:
+    """`module.weight`, or None where there is none; sooner than by nn.Module's `__getattr__`."""
+    weight = module._parameters.get("weight")
+    return getattr(module, "weight", None) if weight is None else weight
+
+
 def is_whole(parameter: Tensor) -> bool:
     """Whether these are all values of a parameter with two dimensions or more, and not a part of them."""
     if hasattr(parameter, "device_mesh"):

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -196,6 +197,20 @@ void wy_factor_bwd(uintptr_t du, uintptr_t dv, uintptr_t dt, uintptr_t u, uintpt
   hra::cpu::wy_factor_bwd(params, num_threads);
 }
 
+// reflect_bwd, then wy_factor_bwd of the dv and dt that it gives.
+void chain_bwd(uintptr_t dx, uintptr_t du, uintptr_t dy, uintptr_t x, uintptr_t u, uintptr_t v, uintptr_t t,
+               uintptr_t p, int64_t M, int64_t D, int64_t R, int64_t stride_dym, int64_t stride_xm, int64_t stride_ud,
+               int64_t stride_ur, int dtype, int dtype_u, bool transpose, bool apply_gs, int num_threads) {
+  const Call call("chain_bwd", dtype, num_threads);
+  call.size("D", D);
+  call.rank(R);
+  const int64_t element = call.dtype() == DType::kFloat64 ? 8 : 4;
+  const std::unique_ptr<char[]> memory(new char[static_cast<size_t>((R * D + R * R) * element)]);
+  const auto dv = reinterpret_cast<uintptr_t>(memory.get()), dt = dv + static_cast<uintptr_t>(R * D * element);
+  reflect_bwd(dx, dv, dt, dy, x, v, t, p, M, D, R, D, stride_dym, stride_xm, dtype, transpose, num_threads);
+  wy_factor_bwd(du, dv, dt, u, v, t, D, R, stride_ud, stride_ur, dtype_u, apply_gs, num_threads);
+}
+
 py::tuple isas() {
   int count = 0;
   const char* const* names = hra::cpu::available_isas(&count);
@@ -226,6 +241,9 @@ PYBIND11_MODULE(_native, m) {
         "apply_gs"_a, "num_threads"_a);
   m.def("wy_factor_bwd", &wy_factor_bwd, "du"_a, "dv"_a, "dt"_a, "u"_a, "v"_a, "t"_a, "D"_a, "R"_a, "stride_ud"_a,
         "stride_ur"_a, "dtype"_a, "apply_gs"_a, "num_threads"_a);
+  m.def("chain_bwd", &chain_bwd, "dx"_a, "du"_a, "dy"_a, "x"_a, "u"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,
+        "stride_dym"_a, "stride_xm"_a, "stride_ud"_a, "stride_ur"_a, "dtype"_a, "dtype_u"_a, "transpose"_a,
+        "apply_gs"_a, "num_threads"_a);
   m.def("isa", &hra::cpu::isa);
   m.def("isas", &isas);
   m.def("set_isa", &set_isa, "name"_a);

@@ -87,6 +87,22 @@ class CpuBackend(Backend):
         )  # fmt: skip
         return dv, dt
 
+    def chain_bwd(
+        self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, apply_gs: bool
+    ) -> tuple[Tensor, Tensor]:
+        size_m, size_d = x.shape
+        rank = v.shape[0]
+        if rank == 0:
+            return super().chain_bwd(dy, x, u, v, t, p, transpose, apply_gs)
+        dx, du = dy.new_empty(size_m, size_d), u.new_empty(size_d, rank)
+        v, t, p = v.contiguous(), t.contiguous(), p.contiguous()
+        _native.chain_bwd(  # by position: names cost as much as the call
+            dx.data_ptr(), du.data_ptr(), dy.data_ptr(), x.data_ptr(), u.data_ptr(), v.data_ptr(), t.data_ptr(),
+            p.data_ptr(), size_m, size_d, rank, dy.stride(0), x.stride(0), *u.stride(), _CODES[x.dtype],
+            _CODES[u.dtype], transpose, apply_gs, torch.get_num_threads(),
+        )  # fmt: skip
+        return dx, du
+
 
 def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, p: Tensor | None) -> Tensor:
     size_m, size_d = x.shape
@@ -94,10 +110,9 @@ def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, p: Tensor | None)
     if v.shape[0] == 0:
         return y.copy_(x)
     v, t = v.contiguous(), t.contiguous()
-    _native.reflect_fwd(
-        y=y.data_ptr(), p=0 if p is None else p.data_ptr(), x=x.data_ptr(), v=v.data_ptr(), t=t.data_ptr(),
-        M=size_m, D=size_d, R=v.shape[0], stride_ym=size_d, stride_xm=x.stride(0),
-        dtype=_CODES[x.dtype], transpose=transpose, num_threads=torch.get_num_threads(),
+    _native.reflect_fwd(  # by position: names cost as much as the call
+        y.data_ptr(), 0 if p is None else p.data_ptr(), x.data_ptr(), v.data_ptr(), t.data_ptr(),
+        size_m, size_d, v.shape[0], size_d, x.stride(0), _CODES[x.dtype], transpose, torch.get_num_threads(),
     )  # fmt: skip
     return y
 

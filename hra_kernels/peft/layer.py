@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from hra_kernels.factor_cache import FactorCache, KeepsFactors
 from hra_kernels.ops import reflect_chain, wants_plain_ops
-from hra_kernels.partition import gather_in_forward, held, is_whole
+from hra_kernels.partition import gather_in_forward, held, is_whole, weight_of
 from hra_kernels.peft import base_weight, merge
 from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.powers import PowerCache
@@ -85,7 +85,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
     def get_base_layer(self) -> nn.Module:
         """As PEFT's; at once, where the base layer is one that has none itself."""
-        base = self.base_layer
+        base = self._modules.get("base_layer")  # sooner than by nn.Module's __getattr__
         return base if type(base) in _WITHOUT_BASE else super().get_base_layer()
 
     def _vector_shape(self) -> tuple[int, ...]:
@@ -105,7 +105,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
     def base_parameter(self) -> Tensor | None:
         """The parameter that the reflections act on, as the base layer has it now; None where it has none."""
-        return getattr(self.get_base_layer(), "weight", None)
+        return weight_of(self.get_base_layer())
 
     def chain(self, names: Sequence[str]) -> tuple[list[Tensor], list[bool]]:
         """Of these adapters, in order: their vectors, and whether the chain is that of their Gram-Schmidt basis.
@@ -117,7 +117,9 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         """
         us, apply_gs, hra_u = [], [], self.hra_u
         for name in names:
-            u, gs, scale = hra_u[name], self.hra_apply_GS[name], self._scale_of(name)
+            u = hra_u._parameters.get(name)
+            u = u if type(u) is nn.Parameter and not hasattr(u, "ds_id") else hra_u[name]
+            gs, scale = self.hra_apply_GS[name], self._scale_of(name)
             us.append(u if scale == 1 else self._power(name, scale))
             apply_gs.append(gs and scale == 1)
         return us, apply_gs
@@ -306,7 +308,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         names = self._adapters_to_apply(adapter_names)
         if not names:
             return self.base_layer(x, *args, **kwargs)
-        hra_u = self.hra_u
+        hra_u = self._modules["hra_u"]
         if not torch.compiler.is_compiling():
             self.look_for_hooks(hra_u)
             gather_in_forward(self, [held(hra_u, name) for name in names])

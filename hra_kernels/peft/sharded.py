@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from hra_kernels import reference
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.ops import attach_factor, in_factor_dtype, reflect_chain
-from hra_kernels.partition import whole
+from hra_kernels.partition import weight_of, whole
 
 
 def is_sharded(base: nn.Module) -> bool:
     """Whether the layer's weight is a DTensor."""
-    return hasattr(getattr(base, "weight", None), "device_mesh")
+    weight = weight_of(base)
+    return type(weight) is not nn.Parameter and hasattr(weight, "device_mesh")
 
 
 def whole_vectors(us: Sequence[Tensor], where: str = "HRA") -> list[Tensor]:
