@@ -8,6 +8,7 @@ from torch import Tensor
 from hra_kernels.factors import factor_dtype
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WIDE = {dtype: factor_dtype(dtype) for dtype in _FLOATING}
 
 
 def check_dtype(op: str, name: str, tensor: Tensor) -> None:
@@ -47,16 +48,36 @@ def check_factor(op: str, name: str, x: Tensor, v: Tensor, t: Tensor) -> None:
 
 def check_chain(op: str, name: str, x: Tensor, v: Tensor, t: Tensor, us: Sequence[Tensor]) -> None:
     """`check_factor`, and us (D, R_i) whose factor v and t can be: R is the sum of R_i."""
+    if _fits_chain(x, v, t, us):
+        return
     check_factor(op, name, x, v, t)
     rank, width = v.shape
-    if len(us) == 1 and us[0].shape == (width, rank) and us[0].dtype in _FLOATING and us[0].device == v.device:
-        return
     for u in us:
         check_u(op, u)
         check_like(op, "u", u, (width, u.shape[1]), u.dtype, v.device)
     columns = sum(u.shape[1] for u in us)
     if columns != rank:
         raise ValueError(f"{op}: v must have one row for each of the {columns} columns of u, got {rank}")
+
+
+def _fits_chain(x: Tensor, v: Tensor, t: Tensor, us: Sequence[Tensor]) -> bool:
+    """All that `check_chain` asks for, of one u: in one function, for every layer passes here."""
+    u, shape, v_shape, device, wide = us[0], x.shape, v.shape, x.device, _WIDE.get(x.dtype)
+    if len(us) != 1 or len(v_shape) != 2 or not shape:
+        return False
+    rank, width = v_shape
+    return (
+        shape[-1] == width
+        and u.shape == (width, rank)
+        and t.shape == (rank, rank)
+        and wide is not None
+        and v.dtype == wide
+        and t.dtype == wide
+        and u.dtype in _WIDE
+        and v.device == device
+        and t.device == device
+        and u.device == device
+    )
 
 
 def check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
@@ -94,6 +115,17 @@ def check_gradient(op: str, dy: Tensor, rows: Tensor, v: Tensor, p: Tensor) -> N
     """dy and p of rows (M, D) that v (R, D) fits."""
     check_like(op, "dy", dy, rows.shape, rows.dtype, rows.device)
     check_like(op, "p", p, (rows.shape[0], v.shape[0]), v.dtype, rows.device)
+
+
+def check_chain_bwd(op: str, dy: Tensor, x: Tensor, us: Sequence[Tensor], v: Tensor, t: Tensor, p: Tensor) -> None:
+    """`check_chain` of x (M, D), its p, and the gradient of its y."""
+    check_chain(op, "x", x, v, t, us)
+    shape, dtype, wide, device = x.shape, x.dtype, v.dtype, x.device
+    p_shape = (shape[0], v.shape[0])
+    if dy.shape != shape or dy.dtype != dtype or dy.device != device:
+        check_like(op, "dy", dy, shape, dtype, device)
+    if p.shape != p_shape or p.dtype != wide or p.device != device:
+        check_like(op, "p", p, p_shape, wide, device)
 
 
 def check_wy_factor_bwd(op: str, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor) -> None:

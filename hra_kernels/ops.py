@@ -165,7 +165,7 @@ def wants_plain_ops() -> bool:
 
 def _traced_to_onnx() -> bool:
     """In torch.onnx.export(dynamo=False). The other exporter decomposes the operators (see above)."""
-    return torch.jit.is_tracing() and torch.onnx.is_in_onnx_export()
+    return torch._C._get_tracing_state() is not None and torch.onnx.is_in_onnx_export()
 
 
 def differentiable_backward(
@@ -190,7 +190,9 @@ def differentiable_backward(
 
 def _wants_gradient(*tensors: Tensor) -> bool:
     """`torch.jit.trace` records inference: its graphs have no place for a closed-form backward."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing() and any(t.requires_grad for t in tensors)
+    if not torch.is_grad_enabled() or torch._C._get_tracing_state() is not None:
+        return False
+    return any(t.requires_grad for t in tensors)
 
 
 def wants_graph() -> bool:
@@ -204,7 +206,7 @@ def _has_rows(x: Tensor) -> bool:
 
 def _rows(x: Tensor) -> Tensor:
     """x as (M, D) with contiguous rows: a view wherever one exists."""
-    if x.dim() == 2 and x.stride(1) == 1:
+    if x.dim() == 2 and x.stride(1) == 1:  # most often, and no work
         return x
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not Size.numel(): it makes a symbolic size a constant
     return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
@@ -327,12 +329,13 @@ class _Chain(torch.autograd.Function):
             plain = lambda x, *us: (_plain_chain(x, us, ctx.apply_gs, ctx.transpose),)  # noqa: E731
             dx, *dus = differentiable_backward(plain, (x, *us), (need_dx, *needed), (dy,))
             return dx, None, None, None, *dus
-        shape, rows, dy = x.shape, _rows(x), _gradient_rows(dy)
+        shape, rows = x.shape, _rows(x)
         if is_eager(dy, x, v, t, p, *us):  # not in compiled autograd, or where hooks on saved tensors brought others
-            checks.check_chain("reflect_chain", "x", x, v, t, us)
-            checks.check_gradient("reflect_chain", dy, rows, v, p)
+            dy = _rows(dy)
+            checks.check_chain_bwd("reflect_chain", dy, rows, us, v, t, p)
             dx, dus = _chain_bwd(dy, rows, us, v, t, p, ctx.transpose, ctx.apply_gs, needed)
         else:
+            dy = _gradient_rows(dy)
             dx, dv, dt = torch.ops.hra.reflect_bwd(dy, rows, v, t, p, ctx.transpose)
             dus = _factor_bwd(torch.ops.hra.wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
         if not need_dx:

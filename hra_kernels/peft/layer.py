@@ -300,6 +300,9 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
         With no adapter active on this layer, or on a sample, the result is the base layer's, bit for bit.
         """
+        plain = None if kwargs or torch.compiler.is_compiling() else self._plain_chain(x)
+        if plain is not None:
+            return self._adapted_forward(x, *plain, *args)
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is not None:
             check_mixed_batch(self, x, adapter_names)
@@ -316,6 +319,34 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             return self._cast_forward(x, names, adapter_names, *args, **kwargs)
         with base_weight.loaded(hra_u):
             return self._cast_forward(x, names, adapter_names, *args, **kwargs)
+
+    def _plain_chain(self, x: Tensor) -> tuple[list[Tensor], list[bool]] | None:
+        """`chain` of the only adapter, where there is nothing for `forward` to do but `_adapted_forward` of x; else None.
+
+        That is most calls, and where layers are small, looking closer costs as much as the reflections.
+        """
+        name = self._active_adapter
+        if type(name) is not str:
+            name = name[0] if len(name) == 1 else None
+        hra_u, base = self._modules["hra_u"], self._modules["base_layer"]
+        u, weight = hra_u._parameters.get(name), base._parameters.get("weight")
+        if (
+            type(u) is not nn.Parameter
+            or type(weight) is not nn.Parameter
+            or weight.dtype != x.dtype
+            or len(self.hra_r) != 1
+            or self._disable_adapters
+            or self.merged_adapters
+            or self.hra_scales[name]
+            or hasattr(u, "ds_id")
+            or self._forward_pre_hooks
+            or hra_u._forward_pre_hooks
+            or "_hf_hook" in vars(hra_u)
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return None
+        self._factors.parameters_come_late = False
+        return [u], [self.hra_apply_GS[name]]
 
     def _cast_forward(
         self, x: Tensor, names: list[str], adapter_names: list[str] | None, *args: Any, **kwargs: Any

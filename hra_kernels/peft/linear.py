@@ -57,6 +57,9 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
 class HRAQuantizedLinear(HRALinear):
     """`HRALinear` over a linear layer that PEFT knows as quantized; the layer dequantizes in its own forward."""
 
+    def _plain_chain(self, x: Tensor) -> None:
+        """None: there always is something to look at."""
+
     def _cast_for_base(self, x: Tensor) -> Tensor:
         # torchao's weights have the dtype of the inputs they want; the others' dtype is that of their storage
         return super()._cast_for_base(x) if is_torchao(self.get_base_layer()) else x
