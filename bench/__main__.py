@@ -9,10 +9,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import compare, layer, model, numerics, op, providers, record, report, scaling, screen
+from bench import compare, host, layer, model, numerics, op, providers, record, report, scaling, screen
 from hra_kernels.cli import positive
 
-LEVELS = {"op": op, "layer": layer, "model": model, "numerics": numerics, "scaling": scaling}
+LEVELS = {
+    "op": op,
+    "layer": layer,
+    "model": model,
+    "numerics": numerics,
+    "scaling": scaling,
+    "host": host,
+}
 
 
 def _provider(name: str) -> providers.Provider:

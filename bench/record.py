@@ -3,7 +3,7 @@
 One JSON file per level in a folder per machine, `bench/results/<device>/<level>.json`:
 
     schema  1
-    level   "op", "layer", "model", "numerics" or "scaling"
+    level   "op", "layer", "model", "numerics", "scaling" or "host"
     runs    a list, one entry per case; a case measured again replaces its entry
       case  its name, sizes, dtype, rank, ... (what identifies it)
       meta  commit, dirty, date, versions, device, threads, settings: see `describe`

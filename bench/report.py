@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench import numerics, record
 from bench.screen import number_text
-from hra_kernels.measuring.text import bytes_text, markdown_table, significant
+from hra_kernels.measuring.text import bytes_text, markdown_table, seconds_text, significant
 
 OURS, FLOOR = "ours", "frozen"
 BEGIN, END = "<!-- bench:results -->", "<!-- /bench:results -->"
@@ -209,12 +209,29 @@ def _numerics_section(runs: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def _host_section(runs: list[dict]) -> str:
+    labels = {row["provider"]: row["label"] for run in runs for row in run["rows"]}
+
+    def cell(row: dict | None) -> str:
+        if row is None or "beyond" not in row:
+            return ""
+        ratio = f" ({row['over_lora']['median']:.2f})" if "over_lora" in row else ""
+        return seconds_text(row["beyond"]["median"]) + ratio
+
+    cells = [[label, *(cell(_by_provider(run).get(name)) for run in runs)] for name, label in labels.items()]
+    return (
+        "Time of the host for one adapted layer beyond the frozen one, and its ratio to PEFT's LoRA:\n\n"
+        + markdown_table(["", *(run["case"]["name"] for run in runs)], cells)
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "layer": ("One adapted layer", _layer_section),
     "op": ("The operators", _op_section),
     "model": ("A whole training step", _model_section),
     "scaling": ("Scaling", _scaling_section),
     "numerics": ("Numerics", _numerics_section),
+    "host": ("Time of the host", _host_section),
 }
 
 

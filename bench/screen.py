@@ -32,6 +32,10 @@ def _cells(row: dict, timed: bool) -> dict[str, str]:
         cells["time"] = spread_text(row["seconds"], seconds_text)
     if "ratio" in row:
         cells["over floor"] = spread_text(row["ratio"], lambda x: f"{x:.3f}" if x < 10 else f"{x:.1f}")
+    if "beyond" in row:
+        cells["beyond frozen"] = spread_text(row["beyond"], seconds_text)
+    if "over_lora" in row:
+        cells["over LoRA"] = spread_text(row["over_lora"], lambda x: f"{x:.2f}")
     if "of_bound" in row:
         cells["of copy bound"] = f"{100 * row['of_bound']:.0f} %"
     if "host_seconds" in row:

@@ -219,6 +219,7 @@ LEVELS = {
     "model": ["--models", "llama-tiny", "--modes", "eager", "checkpoint", "--providers", "frozen", "ours"],
     "numerics": ["--size", "64", "--measures", "orthogonality", "identity"],
     "scaling": ["--over", "layers", "--values", "2", "--providers", "frozen", "ours"],
+    "host": ["--paths", "cpu", "--layers", "2", "--shape", "4x16x16"],
 }
 
 
@@ -231,7 +232,7 @@ def test_every_level_leaves_a_file_a_table_and_plots(level, tmp_path, capsys):
     content = record.load(out / f"{level}.json")
     meta = content["runs"][0]["meta"]
     assert content["level"] == level and meta["versions"]["torch"] and meta["cpu"]["threads"] == 1
-    assert level == "numerics" or list(out.glob(f"{level}*.svg"))
+    assert level in ("numerics", "host") or list(out.glob(f"{level}*.svg"))
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:results -->\nstale\n<!-- /bench:results -->\nafter\n")
     assert cli.main(["report", "--results", str(out.parent), "--readme", str(readme)]) == 0

@@ -1,0 +1,55 @@
+"""How many launches a layer makes on the Triton backend, counted at the launchers: nothing runs."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hra_kernels import ops, reflect_chain
+from hra_kernels.backends import triton as triton_backend
+from hra_kernels.backends import triton_factor_kernels, triton_kernels
+
+pytestmark = pytest.mark.skipif(
+    triton_backend.BACKEND.why_unavailable() is not None, reason="no GPU, and TRITON_INTERPRET=0"
+)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """A counter of kernels by name."""
+    counted = Counter()
+
+    class Counted:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda **_: counted.update([self.name])
+
+    def counting(module):
+        return type("Kernels", (), {name: Counted(name) for name in vars(module) if name.endswith("_kernel")})
+
+    monkeypatch.setattr(triton_backend, "_kernels", lambda: counting(triton_kernels))
+    monkeypatch.setattr(triton_backend, "_factor_kernels", lambda: counting(triton_factor_kernels))
+    return counted
+
+
+@pytest.mark.parametrize("M", [16, 2048])
+@pytest.mark.parametrize("rank", [8, 32])
+def test_launches_of_a_layer_and_step(device, launches, M, rank):
+    """Forward: one. Backward: rows, columns and, where there are partial sums, those; and three of the factor's."""
+    x = torch.randn(M, 1024, device=device, requires_grad=True)
+    u = torch.randn(1024, rank, device=device, requires_grad=True)
+    with ops.use_backend("triton"):
+        factor = ops.chain_factor([u], [False])
+        launches.clear()
+        y = reflect_chain(x, [u], [False], factor, transpose=True)
+        assert launches == {"reflect_kernel": 1}
+        y.backward(torch.ones_like(y))
+        assert sum(launches.values()) <= (6 if M == 16 else 7), launches
+        launches.clear()
+        with torch.no_grad():
+            reflect_chain(x, [u], [False], factor, transpose=True)
+        assert launches == {"reflect_kernel": 1}
