@@ -25,7 +25,6 @@ from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.powers import PowerCache
 from hra_kernels.peft.sharded import is_sharded, whole_vectors
 
-
 _WITHOUT_BASE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
@@ -321,7 +320,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             return self._cast_forward(x, names, adapter_names, *args, **kwargs)
 
     def _plain_chain(self, x: Tensor) -> tuple[list[Tensor], list[bool]] | None:
-        """`chain` of the only adapter, where there is nothing for `forward` to do but `_adapted_forward` of x; else None.
+        """`chain` of the only adapter, where `forward` has nothing to do but `_adapted_forward` of x; else None.
 
         That is most calls, and where layers are small, looking closer costs as much as the reflections.
         """

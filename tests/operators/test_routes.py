@@ -115,5 +115,5 @@ def test_what_hooks_on_saved_tensors_bring_is_checked(device):
     x, dy, (u,) = inputs(device, torch.float32, (False,))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor[:1]):
         y = reflect_chain(x, [u.requires_grad_()], [False])
-    with pytest.raises(ValueError, match="^reflect_chain: "):
+    with pytest.raises(ValueError, match=r"^reflect_chain: "):
         y.backward(dy)
