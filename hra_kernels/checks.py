@@ -111,12 +111,6 @@ def check_weight_side_bwd(op: str, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) 
     check_like(op, "dx", dx, x.shape, x.dtype, x.device)
 
 
-def check_gradient(op: str, dy: Tensor, rows: Tensor, v: Tensor, p: Tensor) -> None:
-    """dy and p of rows (M, D) that v (R, D) fits."""
-    check_like(op, "dy", dy, rows.shape, rows.dtype, rows.device)
-    check_like(op, "p", p, (rows.shape[0], v.shape[0]), v.dtype, rows.device)
-
-
 def check_chain_bwd(op: str, dy: Tensor, x: Tensor, us: Sequence[Tensor], v: Tensor, t: Tensor, p: Tensor) -> None:
     """`check_chain` of x (M, D), its p, and the gradient of its y."""
     check_chain(op, "x", x, v, t, us)

@@ -1,4 +1,4 @@
-"""The operators: schemas, checks of their arguments, autograd.
+"""The operators as functions, with autograd.
 
     reflect(x, v, t)            y = x - (x vᵀ) m v, m = t or tᵀ      saves x, p = x vᵀ (M x R), v, t
     wy_factor(u)                v, t of H_1 ... H_R = I - vᵀ t v     saves u, v, t
@@ -7,9 +7,9 @@
 `attach_factor` makes the factor's graph node from a factor computed earlier, so one factor serves every micro-batch
 between two optimizer steps while each micro-batch's graph is freed on its own.
 
-Each operator is one `torch.library` schema served by whichever backend `select_backend` names, and checks its arguments
-(`hra_kernels.checks`) before; `hra_kernels.reference` is the specification of all of them. Double backward,
-forward-mode AD and `torch.func` transforms run the reference's plain PyTorch instead. In eager mode `reflect_chain` is
+Each operator is registered (`hra_kernels.operators`) and served by whichever backend `select_backend` names;
+`hra_kernels.reference` is the specification of all of them. Double backward, forward-mode AD and `torch.func`
+transforms run the reference's plain PyTorch instead. In eager mode `reflect_chain` is
 one node of the graph, calls the backend itself and checks its arguments as the operators would: through the dispatcher,
 and as a node each, reflections and factor take longer than small layers compute.
 """
@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
+import hra_kernels.operators  # noqa: F401 - registers them
 from hra_kernels import checks, reference
 from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, choose, select_backend, use_backend
 from hra_kernels.factors import factor_dtype, join_factors, join_factors_bwd, split_factor
@@ -44,112 +44,8 @@ __all__ = [
     "wy_factor_many",
 ]
 
-# --- schemas ----------------------------------------------------------------------------------------------------------
-
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that are what they seem, with a storage of their own."""
-
-_library = torch.library.Library("hra", "DEF")
-_library.define("wy_factor_fwd(Tensor u, bool apply_gs) -> (Tensor, Tensor)")
-_library.define("wy_factor_bwd(Tensor dv, Tensor dt, Tensor u, Tensor v, Tensor t, bool apply_gs) -> Tensor")
-_library.define("reflect_fwd(Tensor x, Tensor v, Tensor t, bool transpose) -> (Tensor, Tensor)")
-_library.define("reflect_dx(Tensor dy, Tensor v, Tensor t, bool transpose) -> Tensor")
-_library.define(
-    "reflect_bwd(Tensor dy, Tensor x, Tensor v, Tensor t, Tensor p, bool transpose) -> (Tensor, Tensor, Tensor)"
-)
-_library.define("weight_side_bwd(Tensor dx, Tensor x, Tensor v, Tensor t) -> (Tensor, Tensor)")
-
-
-def _wy_factor_fwd(u, apply_gs):
-    checks.check_u("wy_factor_fwd", u)
-    return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor(u, apply_gs)
-
-
-def _wy_factor_bwd(dv, dt, u, v, t, apply_gs):
-    checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
-    return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor_bwd(dv, dt, u, v, t, apply_gs)
-
-
-def _reflect_fwd(x, v, t, transpose):
-    checks.check_factor("reflect_fwd", "x", x, v, t)
-    checks.check_rows("reflect_fwd", "x", x)
-    return choose(x.device, x.dtype, *v.shape).reflect_fwd(x, v, t, transpose)
-
-
-def _reflect_dx(dy, v, t, transpose):
-    checks.check_factor("reflect_dx", "dy", dy, v, t)
-    checks.check_rows("reflect_dx", "dy", dy)
-    return choose(dy.device, dy.dtype, *v.shape).reflect_dx(dy, v, t, transpose)
-
-
-def _reflect_bwd(dy, x, v, t, p, transpose):
-    checks.check_reflect_bwd("reflect_bwd", dy, x, v, t, p)
-    checks.check_rows("reflect_bwd", "x", x)
-    checks.check_rows("reflect_bwd", "dy", dy)
-    return choose(x.device, x.dtype, *v.shape).reflect_bwd(dy, x, v, t, p, transpose)
-
-
-def _weight_side_bwd(dx, x, v, t):
-    checks.check_weight_side_bwd("weight_side_bwd", dx, x, v, t)
-    checks.check_rows("weight_side_bwd", "x", x)
-    checks.check_rows("weight_side_bwd", "dx", dx)
-    return choose(x.device, x.dtype, *v.shape).weight_side_bwd(dx, x, v, t)
-
-
-# Strides are checked where tensors are real: a compiler fixes them only when it is done.
-
-
-def _fake_wy_factor_fwd(u, apply_gs):
-    checks.check_u("wy_factor_fwd", u)
-    dtype = factor_dtype(u.dtype)
-    return u.new_empty(u.shape[1], u.shape[0], dtype=dtype), u.new_empty(u.shape[1], u.shape[1], dtype=dtype)
-
-
-def _fake_wy_factor_bwd(dv, dt, u, v, t, apply_gs):
-    checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
-    return u.new_empty(u.shape)
-
-
-def _fake_reflect_fwd(x, v, t, transpose):
-    checks.check_factor("reflect_fwd", "x", x, v, t)
-    return x.new_empty(x.shape), v.new_empty(x.shape[0], v.shape[0])
-
-
-def _fake_reflect_dx(dy, v, t, transpose):
-    checks.check_factor("reflect_dx", "dy", dy, v, t)
-    return dy.new_empty(dy.shape)
-
-
-def _fake_reflect_bwd(dy, x, v, t, p, transpose):
-    checks.check_reflect_bwd("reflect_bwd", dy, x, v, t, p)
-    return dy.new_empty(dy.shape), v.new_empty(v.shape), t.new_empty(t.shape)
-
-
-def _fake_weight_side_bwd(dx, x, v, t):
-    checks.check_weight_side_bwd("weight_side_bwd", dx, x, v, t)
-    return v.new_empty(v.shape), t.new_empty(t.shape)
-
-
-for _name, _kernel, _fake in [
-    ("wy_factor_fwd", _wy_factor_fwd, _fake_wy_factor_fwd),
-    ("wy_factor_bwd", _wy_factor_bwd, _fake_wy_factor_bwd),
-    ("reflect_fwd", _reflect_fwd, _fake_reflect_fwd),
-    ("reflect_dx", _reflect_dx, _fake_reflect_dx),
-    ("reflect_bwd", _reflect_bwd, _fake_reflect_bwd),
-    ("weight_side_bwd", _weight_side_bwd, _fake_weight_side_bwd),
-]:
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hra::{_name}", _fake, lib=_library)
-
-
-# torch.onnx.export(dynamo=True) knows none of these operators and asks this table for others in their place
-for _name, _plain in [
-    ("wy_factor_fwd", reference.portable_factor),
-    ("reflect_fwd", reference.reflect_fwd),
-    ("reflect_dx", reference.reflect_dx),
-]:
-    register_decomposition(getattr(torch.ops.hra, _name).default)(_plain)
-
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
@@ -346,7 +242,7 @@ class _Chain(torch.autograd.Function):
 
 
 _apply_chain = super(torch.autograd.Function, _Chain).apply
-"""`_Chain.apply` without what comes before it: looking for transforms of torch.func, for which `is_eager` has looked."""
+"""`_Chain.apply` without its look for transforms of torch.func: `is_eager` has looked."""
 
 
 def _chain_bwd(dy, x, us, v, t, p, transpose, apply_gs, needed):

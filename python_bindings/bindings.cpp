@@ -201,7 +201,9 @@ void wy_factor_bwd(uintptr_t du, uintptr_t dv, uintptr_t dt, uintptr_t u, uintpt
 void chain_bwd(uintptr_t dx, uintptr_t du, uintptr_t dy, uintptr_t x, uintptr_t u, uintptr_t v, uintptr_t t,
                uintptr_t p, int64_t M, int64_t D, int64_t R, int64_t stride_dym, int64_t stride_xm, int64_t stride_ud,
                int64_t stride_ur, int dtype, int dtype_u, bool transpose, bool apply_gs, int num_threads) {
-  const Call call("chain_bwd", dtype, num_threads);
+  const Call call("chain_bwd", dtype, num_threads), call_u("chain_bwd", dtype_u, num_threads);
+  if ((call.dtype() == DType::kFloat64) != (call_u.dtype() == DType::kFloat64))
+    fail("chain_bwd", "dtype_u", "float64 where dtype is, and only there", std::to_string(dtype_u));
   call.size("D", D);
   call.rank(R);
   const int64_t element = call.dtype() == DType::kFloat64 ? 8 : 4;

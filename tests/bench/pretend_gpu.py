@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from hra_kernels import ops
+from hra_kernels import operators, ops
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda", 0)
 _TO_HOST = {"cpu", "numpy"}
@@ -197,7 +197,9 @@ def pretend_gpu() -> Iterator[None]:
         place = property(lambda tensor: HOST if _is_on_host(tensor) else GPU)
         stack.enter_context(mock.patch.object(Tensor, "device", place))
         stack.enter_context(mock.patch.object(Tensor, "is_cuda", property(lambda tensor: not _is_on_host(tensor))))
-        stack.enter_context(mock.patch.object(ops, "choose", lambda *key, **of: _Watched(choose(*key, **of), devices)))
+        for module in (ops, operators):
+            watched = lambda *key, **of: _Watched(choose(*key, **of), devices)  # noqa: E731
+            stack.enter_context(mock.patch.object(module, "choose", watched))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", run_backward))
         stack.enter_context(devices)
         yield

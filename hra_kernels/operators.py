@@ -1,0 +1,112 @@
+"""The registered operators, `torch.ops.hra`: schemas, and checks of their arguments before a backend is called.
+
+Compilers, exporters, tracers and dispatch modes meet these; `hra_kernels.ops` has what is differentiable.
+"""
+
+import torch
+from torch._decomp import register_decomposition
+
+from hra_kernels import checks, reference
+from hra_kernels.backends import choose
+from hra_kernels.factors import factor_dtype
+
+_library = torch.library.Library("hra", "DEF")
+_library.define("wy_factor_fwd(Tensor u, bool apply_gs) -> (Tensor, Tensor)")
+_library.define("wy_factor_bwd(Tensor dv, Tensor dt, Tensor u, Tensor v, Tensor t, bool apply_gs) -> Tensor")
+_library.define("reflect_fwd(Tensor x, Tensor v, Tensor t, bool transpose) -> (Tensor, Tensor)")
+_library.define("reflect_dx(Tensor dy, Tensor v, Tensor t, bool transpose) -> Tensor")
+_library.define(
+    "reflect_bwd(Tensor dy, Tensor x, Tensor v, Tensor t, Tensor p, bool transpose) -> (Tensor, Tensor, Tensor)"
+)
+_library.define("weight_side_bwd(Tensor dx, Tensor x, Tensor v, Tensor t) -> (Tensor, Tensor)")
+
+
+def _wy_factor_fwd(u, apply_gs):
+    checks.check_u("wy_factor_fwd", u)
+    return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor(u, apply_gs)
+
+
+def _wy_factor_bwd(dv, dt, u, v, t, apply_gs):
+    checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
+    return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+
+
+def _reflect_fwd(x, v, t, transpose):
+    checks.check_factor("reflect_fwd", "x", x, v, t)
+    checks.check_rows("reflect_fwd", "x", x)
+    return choose(x.device, x.dtype, *v.shape).reflect_fwd(x, v, t, transpose)
+
+
+def _reflect_dx(dy, v, t, transpose):
+    checks.check_factor("reflect_dx", "dy", dy, v, t)
+    checks.check_rows("reflect_dx", "dy", dy)
+    return choose(dy.device, dy.dtype, *v.shape).reflect_dx(dy, v, t, transpose)
+
+
+def _reflect_bwd(dy, x, v, t, p, transpose):
+    checks.check_reflect_bwd("reflect_bwd", dy, x, v, t, p)
+    checks.check_rows("reflect_bwd", "x", x)
+    checks.check_rows("reflect_bwd", "dy", dy)
+    return choose(x.device, x.dtype, *v.shape).reflect_bwd(dy, x, v, t, p, transpose)
+
+
+def _weight_side_bwd(dx, x, v, t):
+    checks.check_weight_side_bwd("weight_side_bwd", dx, x, v, t)
+    checks.check_rows("weight_side_bwd", "x", x)
+    checks.check_rows("weight_side_bwd", "dx", dx)
+    return choose(x.device, x.dtype, *v.shape).weight_side_bwd(dx, x, v, t)
+
+
+# Strides are checked where tensors are real: a compiler fixes them only when it is done.
+
+
+def _fake_wy_factor_fwd(u, apply_gs):
+    checks.check_u("wy_factor_fwd", u)
+    dtype = factor_dtype(u.dtype)
+    return u.new_empty(u.shape[1], u.shape[0], dtype=dtype), u.new_empty(u.shape[1], u.shape[1], dtype=dtype)
+
+
+def _fake_wy_factor_bwd(dv, dt, u, v, t, apply_gs):
+    checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
+    return u.new_empty(u.shape)
+
+
+def _fake_reflect_fwd(x, v, t, transpose):
+    checks.check_factor("reflect_fwd", "x", x, v, t)
+    return x.new_empty(x.shape), v.new_empty(x.shape[0], v.shape[0])
+
+
+def _fake_reflect_dx(dy, v, t, transpose):
+    checks.check_factor("reflect_dx", "dy", dy, v, t)
+    return dy.new_empty(dy.shape)
+
+
+def _fake_reflect_bwd(dy, x, v, t, p, transpose):
+    checks.check_reflect_bwd("reflect_bwd", dy, x, v, t, p)
+    return dy.new_empty(dy.shape), v.new_empty(v.shape), t.new_empty(t.shape)
+
+
+def _fake_weight_side_bwd(dx, x, v, t):
+    checks.check_weight_side_bwd("weight_side_bwd", dx, x, v, t)
+    return v.new_empty(v.shape), t.new_empty(t.shape)
+
+
+for _name, _kernel, _fake in [
+    ("wy_factor_fwd", _wy_factor_fwd, _fake_wy_factor_fwd),
+    ("wy_factor_bwd", _wy_factor_bwd, _fake_wy_factor_bwd),
+    ("reflect_fwd", _reflect_fwd, _fake_reflect_fwd),
+    ("reflect_dx", _reflect_dx, _fake_reflect_dx),
+    ("reflect_bwd", _reflect_bwd, _fake_reflect_bwd),
+    ("weight_side_bwd", _weight_side_bwd, _fake_weight_side_bwd),
+]:
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hra::{_name}", _fake, lib=_library)
+
+
+# torch.onnx.export(dynamo=True) knows none of these operators and asks this table for others in their place
+for _name, _plain in [
+    ("wy_factor_fwd", reference.portable_factor),
+    ("reflect_fwd", reference.reflect_fwd),
+    ("reflect_dx", reference.reflect_dx),
+]:
+    register_decomposition(getattr(torch.ops.hra, _name).default)(_plain)
