@@ -131,6 +131,25 @@ def test_wy_factor_rejects(changes, message):
         native.wy_factor_bwd(**backward)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"du": 0}, "wy_factor_bwd: du must be a pointer"),
+        ({"dy": 0}, "reflect_bwd: dy must be a pointer"),
+        ({"D": -6}, "chain_bwd: D must be at least 0"),
+        ({"R": 300}, "chain_bwd: R must be between 1 and"),
+        ({"dtype_u": 1}, "chain_bwd: dtype_u must be float64 where dtype is, and only there, got 1"),
+    ],
+)
+def test_chain_bwd_rejects(changes, message):
+    x = torch.ones(4, 6)
+    arguments = {name: x.data_ptr() for name in ("dx", "du", "dy", "x", "u", "v", "t", "p")}
+    arguments |= {"M": 4, "D": 6, "R": 2, "stride_dym": 6, "stride_xm": 6, "stride_ud": 2, "stride_ur": 1}
+    arguments |= {"dtype": 0, "dtype_u": 0, "transpose": False, "apply_gs": False, "num_threads": 1} | changes
+    with pytest.raises(ValueError, match=message):
+        native.chain_bwd(**arguments)
+
+
 def test_set_isa_rejects():
     with pytest.raises(ValueError, match=r"set_isa: name must be one of .*baseline, got 'mmx'"):
         native.set_isa("mmx")
