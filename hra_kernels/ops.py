@@ -22,7 +22,7 @@ from torch._decomp import register_decomposition
 from hra_kernels import checks, reference
 from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, choose, select_backend, use_backend
 from hra_kernels.factors import factor_dtype, join_factors, join_factors_bwd, split_factor
-from hra_kernels.soft import Rule, Soft, extended, factor_by_rule, factor_bwd_by_rule
+from hra_kernels.soft import Rule, Soft, extended, factor_bwd_by_rule, factor_by_rule
 
 __all__ = [
     "BACKENDS",
