@@ -170,9 +170,10 @@ class ReflectionLayer(KeepsFactors, AdapterVectors):
             self.hra_u[target] = nn.Parameter(copied, requires_grad=before.requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; the adapter's scale and factors go with it."""
+        """As PEFT's; the adapter's scale, side, eps and factors go with it."""
         super().delete_adapter(adapter_name)
-        self.hra_scales.pop(adapter_name, None)
+        for settings in (self.hra_scales, self.hra_side, self.hra_eps):
+            settings.pop(adapter_name, None)
         self.forget_factors()
 
     def forget_factors(self) -> None:

@@ -13,8 +13,6 @@ from hra_kernels.soft import init_short_
 class AdapterVectors(HRALayer):
     """PEFT's HRA layer with a side and an ε for each adapter."""
 
-    other_param_names = (*HRALayer.other_param_names, "hra_side", "hra_eps")
-
     hra_side: dict[str, str]
     hra_eps: dict[str, float]
 
