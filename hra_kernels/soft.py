@@ -80,7 +80,9 @@ def factor_bwd_by_rule(
     long = extended(u, rule.eps)
     v, t = wy_factor(long, False)
     dv = torch.cat([dv, dv.new_zeros(dv.shape[0], u.shape[1])], 1)
-    return wy_factor_bwd(dv, dt, long, v, t, False)[: u.shape[0]].to(u.dtype).contiguous()
+    du = wy_factor_bwd(dv, dt, long, v, t, False)[: u.shape[0]]
+    # a zero column's gradient is zero, and would be rounding errors over sqrt(ε) where the other of its pair is not
+    return torch.where((u != 0).any(0), du, 0).to(u.dtype).contiguous()
 
 
 _MOST_AMPLIFIED = 100
