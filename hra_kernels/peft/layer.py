@@ -236,6 +236,8 @@ class ReflectionLayer(KeepsFactors, AdapterVectors):
 
     def _power(self, name: str, scale: float) -> Tensor:
         if self.hra_eps[name]:
+            if scale == 0:
+                return torch.zeros_like(self.vectors(name))
             raise ValueError(
                 f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: with eps, a chain is not orthogonal "
                 "and has no powers; its scales are 0 and 1"
