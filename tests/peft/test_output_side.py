@@ -308,7 +308,7 @@ def test_hotswap(tmp_path):
     for other in (settings("input"), settings(eps=1e-3), settings("input", 0.0)):
         with pytest.raises(ValueError, match="Configs are incompatible"):
             peft_hotswap.check_hotswap_configs_compatible(settings(), other)
-        with pytest.raises(ValueError, match="the new adapter must have side='output' and eps=0.0001"):
+        with pytest.raises(ValueError, match=r"the new adapter must have side='output' and eps=0\.0001"):
             hotswap.hotswap_with_hra(None)(model, {}, "default", other)
 
 
