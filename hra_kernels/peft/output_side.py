@@ -56,7 +56,7 @@ def forward(
 
 
 def _check(layer: ReflectionLayer, x: Tensor, y: Any) -> None:
-    if not isinstance(y, Tensor) or y.shape[-1] != layer.out_features:
+    if not isinstance(y, Tensor) or y.size(-1) != layer.out_features:  # nested tensors have no shape
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise NotImplementedError(
             f"HRA: with side='output', {layer.describe()} must return a tensor (..., {layer.out_features}), got {got}"

@@ -3,20 +3,24 @@
 import copy
 import json
 
+import accelerate
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import hotswap as peft_hotswap
 from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import hra_kernels.peft
 from hra_kernels import ops
 from hra_kernels.peft import HRAConfig, hotswap
+from hra_kernels.peft.export import lora_factors
 from hra_kernels.reference import dense
 from hra_kernels.regularizer import model_orthogonality_penalty, orthogonality_penalty
 from hra_kernels.testing.tolerance import relative, rounding
+from tests.peft import quantized_layers
 from tests.peft.models import seeded
 
 EPS = 1e-4
@@ -176,12 +180,12 @@ def test_regularizer_sees_the_columns():
 
 def both_sides():
     model = adapt()
-    seeded(lambda: model.add_adapter("in", settings("input", 0.0)), 3)
+    seeded(lambda: model.add_adapter("inside", settings("input", 0.0)), 3)
     seeded(lambda: model.add_adapter("out", settings("output", 1e-3)), 4)
     return model
 
 
-ACTIVE = [["default"], ["default", "in"], ["in", "default", "out"], ["out", "in"]]
+ACTIVE = [["default"], ["default", "inside"], ["inside", "default", "out"], ["out", "inside"]]
 
 
 @pytest.mark.parametrize("active", ACTIVE, ids="-".join)
@@ -209,9 +213,9 @@ def test_both_sides_and_merging(active, keep_original):
 
 def test_merging_one_after_the_other():
     model, x = both_sides(), inputs()
-    model.base_model.set_adapter(["in", "default", "out"])
-    exact = authors_model(model, "in", "default", "out")(x.double())
-    for names in (["in"], ["default"], ["out"]):
+    model.base_model.set_adapter(["inside", "default", "out"])
+    exact = authors_model(model, "inside", "default", "out")(x.double())
+    for names in (["inside"], ["default"], ["out"]):
         model.merge_adapter(names)
         assert relative(model(x), exact) < BOUND
     model.unmerge_adapter()
@@ -234,13 +238,13 @@ def test_a_singular_chain_stays_merged():
 def test_mixed_batch(shape):
     model = both_sides().eval()
     x = torch.randn(*shape, 16, generator=torch.Generator().manual_seed(5))
-    names = ["default", "in", "__base__", "out", "default", "in"]
+    names = ["default", "inside", "__base__", "out", "default", "inside"]
     got = model(x, adapter_names=names)
     for sample, name in enumerate(names):
         plain = net().double() if name == "__base__" else authors_model(model, name)
         assert relative(got[sample], plain(x[sample].double())) < BOUND
     assert torch.equal(got[2], model(x, adapter_names=["__base__"] * 6)[2])
-    for name in ("default", "in"):
+    for name in ("default", "inside"):
         model.set_adapter(name)
         assert relative(model(x, adapter_names=[name] * 6), model(x)) < BOUND
 
@@ -343,7 +347,7 @@ def test_deleting():
     model = both_sides()
     model.delete_adapter("default")
     layer = model.base_model.model.square
-    assert set(layer.hra_side) == set(layer.hra_eps) == set(layer.hra_u) == {"in", "out"}
+    assert set(layer.hra_side) == set(layer.hra_eps) == set(layer.hra_u) == {"inside", "out"}
     model.add_adapter("default", settings("input", 0.0))
     assert layer.hra_u["default"].shape == (16, 4)
 
@@ -352,6 +356,94 @@ def test_the_base_layers_bits_where_disabled():
     model, x = adapt(), inputs()
     with model.disable_adapter():
         assert torch.equal(model(x), net()(x))
+
+
+@pytest.mark.parametrize("name", quantized_layers.formats(quantized_layers.FORMATS))
+def test_quantized(name, tmp_path):
+    """Whatever the format: the output of the layer as it is, reflected; gradients; and the merge, undone to the bit."""
+    base = quantized_layers.FORMATS[name][1]()
+    model = quantized_layers.alone(name)
+    model = seeded(lambda: get_peft_model(model, settings(target_modules=["0"])), 1)
+    shorten(model)
+    layer = model.base_model.model[0]
+    x = quantized_layers.inputs(6)
+    q, bias = authors_q(layer.hra_u["default"], EPS), base.bias.detach().double()
+    plain = base(x).detach().double()
+    exact = (plain - bias) @ q + bias
+    y = layer(x)
+    assert relative(y, exact) < rounding(quantized_layers.IN, 4) and relative(plain, exact) > 0.01
+    y.square().sum().backward()
+    assert layer.hra_u["default"].grad.isfinite().all() and layer.hra_u["default"].grad.any()
+    if layer.why_not_mergeable():
+        with pytest.raises(NotImplementedError, match="must be readable to export side='output'"):
+            hra_kernels.peft.export_lora(model, tmp_path)
+        return
+    a, b = lora_factors(layer, ["default"])
+    update = (q.T - torch.eye(len(q))) @ quantized_layers.dequantize(layer.base_layer)
+    assert relative(b @ a, update) < rounding(quantized_layers.IN, 4)
+    before = {key: tensor.clone() for key, tensor in quantized_layers.stored(layer.base_layer).items()}
+    layer.merge()
+    assert relative(layer(x), exact) < 0.2 < relative(plain, exact)  # quantized again: as coarse as it was
+    layer.unmerge()
+    after = quantized_layers.stored(layer.base_layer)
+    bits = {key: tensor.contiguous().view(torch.uint8) for key, tensor in before.items()}
+    assert all(torch.equal(after[key].contiguous().view(torch.uint8), one) for key, one in bits.items())
+
+
+def test_offloaded_base_layer():
+    """Its bias is on no device between two forwards."""
+    model, x = adapt(), inputs()
+    y = model(x)
+    accelerate.cpu_offload(model.base_model.model, execution_device="cpu")
+    assert model.base_model.model.square.base_layer.bias.is_meta
+    assert torch.equal(model(x), y)
+
+
+def test_nested_tensors_of_an_encoder():
+    """`nn.TransformerEncoder` makes them of padded batches."""
+    encoder = seeded(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)).eval()
+    model = adapt(encoder, settings(target_modules=["linear1", "linear2"])).eval()
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
+    with torch.no_grad():
+        y = model(x, src_key_padding_mask=padding)
+        model.merge_adapter()
+        assert relative(y[~padding], model(x, src_key_padding_mask=padding)[~padding]) < BOUND
+
+
+def test_transformers_files(tmp_path):
+    """Of a transformers model with adapters of its own; PEFT's own layers refuse these files there too."""
+    settings_of_model = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=50
+    )
+    base = seeded(lambda: LlamaForCausalLM(settings_of_model)).eval()
+    model = adapt(copy.deepcopy(base), settings(target_modules=["q_proj", "v_proj"])).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(8)[None]
+    loaded = copy.deepcopy(base)
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with hra_kernels.peft.disabled(), pytest.raises(RuntimeError, match="mismatch"):
+        copy.deepcopy(base).load_adapter(str(tmp_path))
+
+
+def test_graphs():
+    """torch.compile, torch.export and torch.jit.trace, with both sides at once."""
+    model, x = both_sides().eval(), inputs()
+    model.base_model.set_adapter(["default", "inside"])
+    y = model(x)
+    assert relative(torch.compile(model, backend="aot_eager")(x), y) < BOUND
+    assert relative(torch.export.export(model, (x,)).module()(x), y) < BOUND
+    assert relative(torch.jit.trace(model, x)(x), y) < BOUND
+
+
+def test_outputs_that_are_no_tensor():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    model = get_peft_model(nn.Sequential(Pair(4, 4)), settings(target_modules=["0"]))
+    with pytest.raises(NotImplementedError, match=r"must return a tensor \(..., 4\), got tuple"):
+        model(torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("module", [nn.Conv2d(3, 4, 3), nn.Embedding(10, 4)], ids=["conv", "embedding"])
