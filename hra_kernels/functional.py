@@ -71,7 +71,7 @@ def hra_linear(
     apply_gs: bool | Sequence[bool] = False,
     factor: Factor | None = None,
     side: str = "input",
-    eps: float | Sequence[float] = 0.0,
+    eps: float | Sequence[float] = 0,
 ) -> Tensor:
     """`F.linear(x, w @ Q, bias)` with Q = H_1 ... H_R, without forming Q or w @ Q (arXiv 2405.17484, eq. 4).
 
@@ -122,7 +122,7 @@ def hra_weight(
     factor: Factor | None = None,
     inverse: bool = False,
     side: str = "input",
-    eps: float | Sequence[float] = 0.0,
+    eps: float | Sequence[float] = 0,
 ) -> Tensor:
     """W Q, or W Q⁻¹ if inverse: the weight with the reflections merged into it, or taken out again.
 

@@ -72,7 +72,7 @@ class ReflectionLayer(KeepsFactors, AdapterVectors):
         settings = fields if config is None else vars(config)
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
-        side, eps = settings.get("side", "input"), settings.get("eps", 0.0)
+        side, eps = settings.get("side", "input"), settings.get("eps", 0) or 0  # to a compiler 0.0 is a variable
         if side not in self.sides:
             raise NotImplementedError(
                 f"HRA: {self.describe()} supports side in {self.sides}, got {side!r}; exclude it (exclude_modules)"
