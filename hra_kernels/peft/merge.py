@@ -7,7 +7,8 @@ On the output side Qᵀ W, which is (Wᵀ Q)ᵀ: the same on blocks of columns. 
 
 Both write into the memory of W. A quantized weight is dequantized, merged and quantized again, into new memory. Extra
 memory: the original weight as stored, while merged (for a moment only, where it is not kept), and one block of rows;
-for a quantized weight also two floating-point copies for a moment. Nothing is (D, D).
+for a quantized weight also two floating-point copies for a moment, and for adapters of both sides one in the factor's
+dtype. Nothing is (D, D).
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import hra_kernels.peft
 from hra_kernels import ops
 from hra_kernels.peft import HRAConfig, hotswap
+from hra_kernels.peft import model as peft_model
 from hra_kernels.peft.export import lora_factors
 from hra_kernels.reference import dense
 from hra_kernels.regularizer import model_orthogonality_penalty, orthogonality_penalty
@@ -42,6 +43,9 @@ class Net(nn.Module):
 
 
 TARGETS = ["square", "wide", "conv1d"]
+
+
+pytestmark = pytest.mark.skipif(not peft_model._LAYERS_TAKE_CONFIG, reason="PEFT 0.19 has no room for side and eps")
 
 
 @pytest.fixture(autouse=True)
@@ -476,3 +480,11 @@ def test_bad_configurations():
         HRAConfig(apply_GS=True, eps=EPS)
     with pytest.raises(ValueError, match="target_parameters have side"):
         HRAConfig(target_parameters=["experts"], side="output")
+
+
+def test_releases_that_hand_over_fields(monkeypatch):
+    """PEFT 0.19 does, and not ours: no adapter is built without what was asked for."""
+    monkeypatch.setattr(peft_model, "_LAYERS_TAKE_CONFIG", False)
+    for one in (settings(), settings("output", 0.0), settings("input")):
+        with pytest.raises(ValueError, match=r"PEFT 0\.19 has no room for side and eps"):
+            get_peft_model(net(), one)
