@@ -25,6 +25,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from hra_kernels.factors import join_factors
 from hra_kernels.ops import PLAIN, chain_factor, factor_in_groups, is_eager, wants_plain_ops, wy_factor_many
+from hra_kernels.soft import Rule
 
 _optimizer_steps = 0
 
@@ -76,7 +77,7 @@ class FactorCache:
     def __init__(self) -> None:
         self._entry: tuple[tuple, list[Tensor], list[StorageWeakRef], tuple[Tensor, Tensor]] | None = None
 
-    def get(self, us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def get(self, us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(v, t) of `ops.chain_factor` for the present values of us, in `dtype`'s factor dtype; without gradient.
 
         Computed afresh, and not kept, where keeping it would be wrong: while `torch.compile` or `torch.export` traces,
@@ -182,7 +183,7 @@ class KeepsFactors(nn.Module):
         return late
 
 
-def validity_key(us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype) -> tuple:
+def validity_key(us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple:
     """All that a factor belongs to but values."""
     wide = dtype == torch.float64
     if _values_are_at_hand(us):
@@ -201,7 +202,7 @@ def copied_values(us: Sequence[Tensor]) -> list[Tensor]:
     return [u.detach().clone() for u in us] if _values_are_at_hand(us) else []
 
 
-def refill(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[bool]]]) -> None:
+def refill(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[Rule]]]) -> None:
     """Bring the caches of a model up to date together: factors of one shape come from the launches of one.
 
     Where a backend computes factors in groups (`ops.factor_in_groups`), 200 layers of three shapes cost the launches of
@@ -224,10 +225,10 @@ def refill(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[bool]]
                 stale.append((cache, key, us, apply_gs))
     if len(stale) < 2:
         return
-    factors: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+    factors: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
     with torch.inference_mode(False):
         copies = [copied_values(us) for _, _, us, _ in stale]
-        for gs in (False, True):
+        for gs in {flag: None for _, _, _, flags in stale for flag in flags}:
             wanted = {
                 id(u): u
                 for (_, _, us, flags), values in zip(stale, copies, strict=True)

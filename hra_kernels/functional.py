@@ -1,6 +1,7 @@
-"""Adapted layers as functions: a frozen weight times a chain of Householder reflections, W' = W Q.
+"""Adapted layers as functions: a frozen weight times a chain of Householder reflections, W' = W Q or Qᵀ W.
 
 hra_linear   y = x W'ᵀ = (x Qᵀ) Wᵀ            input side: the weight is never touched, its gradient never formed
+             y = (x Wᵀ) Q                     output side, W' = Qᵀ W
 hra_conv2d   y = conv(x, W) - conv1x1(conv(x, v), (W vᵀ) t)    output side, with v as R extra filters
 hra_weight   W Q                              weight side: for merging
 """
@@ -11,23 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hra_kernels.ops import attach_factor, in_factor_dtype, reflect_chain
+from hra_kernels.ops import attach_factor, chain_factor, in_factor_dtype, reflect, reflect_chain
+from hra_kernels.soft import Rule, Soft, bias_correction, check_side, inverse_factor, rule
 
 Factor = tuple[Tensor, Tensor]
 
 
-def _chains(op: str, u: Tensor | Sequence[Tensor], apply_gs: bool | Sequence[bool], features: int):
-    """us and one flag each, from one chain or several."""
+def _chains(
+    op: str,
+    u: Tensor | Sequence[Tensor],
+    apply_gs: bool | Sequence[bool],
+    features: int,
+    eps: float | Sequence[float] = 0,
+) -> tuple[list[Tensor], list[Rule]]:
+    """us and one rule each, from one chain or several."""
     us = [u] if isinstance(u, Tensor) else list(u)
-    flags = [apply_gs] * len(us) if isinstance(apply_gs, bool) else list(apply_gs)
+    flags = [apply_gs] * len(us) if isinstance(apply_gs, bool | Soft) else list(apply_gs)
+    each = list(eps) if isinstance(eps, list | tuple) else [eps] * len(us)
     if not us:
         raise ValueError(f"{op}: u must be a (D, R) tensor or a non-empty sequence of them, got an empty sequence")
     if len(flags) != len(us):
         raise ValueError(f"{op}: apply_gs must have one flag for each of the {len(us)} chains, got {len(flags)}")
+    if len(each) != len(us):
+        raise ValueError(f"{op}: eps must be one number, or one for each of the {len(us)} chains, got {len(each)}")
     for one in us:
         if one.dim() != 2 or one.shape[0] != features:
             raise ValueError(f"{op}: u must be (D, R) with D = {features}, got shape {tuple(one.shape)}")
-    return us, flags
+    return us, [gs if isinstance(gs, Soft) else rule(op, gs, one) for gs, one in zip(flags, each, strict=True)]
 
 
 def in_autocast_dtype(x: Tensor) -> Tensor:
@@ -59,16 +70,24 @@ def hra_linear(
     *,
     apply_gs: bool | Sequence[bool] = False,
     factor: Factor | None = None,
+    side: str = "input",
+    eps: float | Sequence[float] = 0,
 ) -> Tensor:
     """`F.linear(x, w @ Q, bias)` with Q = H_1 ... H_R, without forming Q or w @ Q (arXiv 2405.17484, eq. 4).
+
+    Or `F.linear(x, Qᵀ @ w, bias)`, as the authors' code for language models has it, together with eps = 1e-4.
 
     Args:
         x: (..., D).
         w: (N, D), x's dtype; float32, float64, bfloat16 or float16. Under autocast x is cast as `F.linear` would.
-        u: (D, R) raw vectors, or several such for Q_1 Q_2 ...; any floating dtype (float32 is what HRA trains).
+        u: (D, R) raw vectors, (N, R) on the output side, or several such for Q_1 Q_2 ...; any floating dtype
+            (float32 is what HRA trains).
         bias: (N,).
         apply_gs: Gram-Schmidt first; one flag, or one per chain.
         factor: `ops.chain_factor` of u where the caller kept it.
+        side: "input" for w Q, "output" for Qᵀ w.
+        eps: reflect along u / sqrt(|u|² + eps), which is near the identity for short u and not orthogonal
+            (`hra_kernels.soft`); one number, or one per chain. Not with apply_gs.
 
     Returns:
         (..., N). Differentiable in x, u, bias, and in w if it asks for it. Saves x and O((M + D) R) more.
@@ -77,8 +96,22 @@ def hra_linear(
         TypeError, ValueError: dtype, shape or device does not fit.
     """
     _check_matrix("hra_linear", x, w)
-    us, flags = _chains("hra_linear", u, apply_gs, w.shape[1])
+    check_side("hra_linear", side)
+    if side == "output":
+        us, flags = _chains("hra_linear", u, apply_gs, w.shape[0], eps)
+        return reflect_output(F.linear(x, w, bias), bias, us, flags, factor)
+    us, flags = _chains("hra_linear", u, apply_gs, w.shape[1], eps)
     return F.linear(reflect_chain(in_autocast_dtype(x), us, flags, factor, transpose=True), w, bias)
+
+
+def reflect_output(
+    y: Tensor, bias: Tensor | None, us: Sequence[Tensor], rules: Sequence[Rule], factor: Factor | None = None
+) -> Tensor:
+    """(y - b) Q + b for the output y (..., N) of a layer with bias b: its weight W (N, D) replaced by Qᵀ W."""
+    if bias is None:
+        return reflect_chain(y, us, rules, factor)
+    v, t = attach_factor(in_factor_dtype(us, y.dtype), rules, factor)
+    return reflect(y, v, t) + bias_correction(bias, v, t).to(y.dtype)
 
 
 def hra_weight(
@@ -88,21 +121,34 @@ def hra_weight(
     apply_gs: bool | Sequence[bool] = False,
     factor: Factor | None = None,
     inverse: bool = False,
+    side: str = "input",
+    eps: float | Sequence[float] = 0,
 ) -> Tensor:
-    """W Q, or W Qᵀ if inverse: the weight with the reflections merged into it, or taken out again.
+    """W Q, or W Q⁻¹ if inverse: the weight with the reflections merged into it, or taken out again.
 
     Args:
         w: (N, ...): everything after the first dimension is flattened to D, as HRA does for convolutions.
-        u, apply_gs, factor: as in `hra_linear`.
+        u, apply_gs, factor, side, eps: as in `hra_linear`; Qᵀ W, or its inverse, on the output side.
 
     Returns:
         A new tensor of w's shape and dtype; computed in float32 (float64 for float64) and rounded once.
+
+    Raises:
+        TypeError, ValueError: dtype, shape or device does not fit; the inverse of a soft chain does not exist.
     """
     if w.dim() < 2:
         raise ValueError(f"hra_weight: w must be (N, D) or (N, C, kh, kw), got shape {tuple(w.shape)}")
     rows = w.flatten(1)
-    us, flags = _chains("hra_weight", u, apply_gs, rows.shape[1])
-    return reflect_chain(rows, us, flags, factor, transpose=inverse).reshape(w.shape)
+    check_side("hra_weight", side)
+    if side == "output":
+        rows = rows.mT
+    us, rules = _chains("hra_weight", u, apply_gs, rows.shape[1], eps)
+    if inverse and any(isinstance(rule, Soft) for rule in rules):
+        v, t = inverse_factor(*(factor or chain_factor(us, rules, rows.dtype)))
+        rows = reflect(rows, v, t)
+    else:
+        rows = reflect_chain(rows, us, rules, factor, transpose=inverse)
+    return (rows.mT if side == "output" else rows).reshape(w.shape)
 
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

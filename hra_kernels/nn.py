@@ -8,19 +8,25 @@ from torch import Tensor, nn
 from hra_kernels.factor_cache import FactorCache, KeepsFactors
 from hra_kernels.factors import factor_dtype
 from hra_kernels.functional import hra_conv2d, hra_linear, hra_weight
+from hra_kernels.soft import check_side, init_short_, rule
 
 
 class _HRALayer(KeepsFactors):
-    def __init__(self, base_layer: nn.Module, r: int, apply_gs: bool, init_weights: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Module, r: int, apply_gs: bool, init_weights: bool, side: str = "input", eps: float = 0.0
+    ) -> None:
         super().__init__()
+        check_side(type(self).__name__, side)
+        self._rule = rule(type(self).__name__, apply_gs, eps)
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"{type(self).__name__}: r must be a positive integer, got {r!r}")
         self.base_layer = base_layer.requires_grad_(False)
         self.r = r
-        self.apply_gs = apply_gs
+        self.apply_gs, self.side, self.eps = apply_gs, side, eps
         weight = base_layer.weight
+        features = weight.shape[0] if side == "output" else weight[0].numel()
         wide = factor_dtype(weight.dtype)
-        self.hra_u = nn.Parameter(torch.empty(weight[0].numel(), r, dtype=wide, device=weight.device))
+        self.hra_u = nn.Parameter(torch.empty(features, r, dtype=wide, device=weight.device))
         self.reset_parameters(init_weights)
         self._factors = FactorCache()
 
@@ -29,7 +35,11 @@ class _HRALayer(KeepsFactors):
 
         Columns are independent too with `apply_gs`, which has no use for equal ones, and so the layer then starts away
         from the base layer; the last column of an odd r stands alone, and a single reflection is never the identity.
+        With `eps`, `init_weights` draws independent columns so short that the layer is near the base layer.
         """
+        if self.eps and init_weights:
+            init_short_(self.hra_u, self.eps)
+            return
         with torch.no_grad():
             nn.init.kaiming_uniform_(self.hra_u, a=5**0.5)
             if init_weights and not self.apply_gs:
@@ -38,8 +48,8 @@ class _HRALayer(KeepsFactors):
 
     def _chain(self, x: Tensor) -> dict:
         self.look_for_hooks()
-        factor = self._factors.get([self.hra_u], [self.apply_gs], x.dtype)
-        return {"apply_gs": self.apply_gs, "factor": factor}
+        factor = self._factors.get([self.hra_u], [self._rule], x.dtype)
+        return {"apply_gs": self._rule, "factor": factor}
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -50,7 +60,7 @@ class _HRALayer(KeepsFactors):
         """
         if not self.hra_u.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merged: hra_u must be finite, it holds NaN or infinity")
-        weight = hra_weight(self.base_layer.weight, self.hra_u, apply_gs=self.apply_gs)
+        weight = hra_weight(self.base_layer.weight, self.hra_u, apply_gs=self._rule, side=self.side)
         if not weight.isfinite().all():
             raise ValueError(f"{type(self).__name__}.merged: the merged weight must be finite, it is not")
         layer = copy.deepcopy(self.base_layer)
@@ -58,7 +68,8 @@ class _HRALayer(KeepsFactors):
         return layer
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, apply_gs={self.apply_gs}"
+        extras = f", side={self.side!r}, eps={self.eps}" if self.side != "input" or self.eps else ""
+        return f"r={self.r}, apply_gs={self.apply_gs}{extras}"
 
 
 class HRALinear(_HRALayer):
@@ -68,20 +79,35 @@ class HRALinear(_HRALayer):
         base_layer: the layer to adapt; it is frozen in place and kept, its weight is never changed.
         r: number of reflections; even, so that the layer can start as the base layer.
         apply_gs: orthonormalize the columns of `hra_u` first.
-        init_weights: start as the base layer.
+        init_weights: start as the base layer (with eps: near it).
+        side: "input", or "output" for y = x (Qᵀ W)ᵀ + b with Q = H_1 ... H_r.
+        eps: reflect along u / sqrt(|u|² + eps); not with apply_gs. The authors' code for language models has
+            side="output", eps=1e-4.
 
-    The trainable parameter is `hra_u` (in_features, r), float32 (float64 over a float64 layer).
+    The trainable parameter is `hra_u` (in_features, r), or (out_features, r) on the output side, float32 (float64 over
+    a float64 layer).
+
+    Raises:
+        TypeError, ValueError: an argument is not what it should be.
     """
 
-    def __init__(self, base_layer: nn.Linear, r: int = 8, apply_gs: bool = False, init_weights: bool = True) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        r: int = 8,
+        apply_gs: bool = False,
+        init_weights: bool = True,
+        side: str = "input",
+        eps: float = 0.0,
+    ) -> None:
         if not isinstance(base_layer, nn.Linear):
             raise TypeError(f"HRALinear: base_layer must be an nn.Linear, got {type(base_layer).__name__}")
-        super().__init__(base_layer, r, apply_gs, init_weights)
+        super().__init__(base_layer, r, apply_gs, init_weights, side, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
         base = self.base_layer
-        return hra_linear(x, base.weight, self.hra_u, base.bias, **self._chain(x))
+        return hra_linear(x, base.weight, self.hra_u, base.bias, side=self.side, **self._chain(x))
 
 
 class HRAConv2d(_HRALayer):

@@ -24,6 +24,7 @@ import hra_kernels.operators  # noqa: F401 - registers them
 from hra_kernels import checks, reference
 from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, choose, select_backend, use_backend
 from hra_kernels.factors import factor_dtype, join_factors, join_factors_bwd, split_factor
+from hra_kernels.soft import Rule, Soft, extended, factor_bwd_by_rule, factor_by_rule
 
 __all__ = [
     "BACKENDS",
@@ -129,10 +130,10 @@ def _gradient_rows(dy: Tensor) -> Tensor:
     return dy.contiguous() if torch.compiler.is_compiling() else _rows(dy)
 
 
-def _plain_chain_factor(us: Sequence[Tensor], apply_gs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+def _plain_chain_factor(us: Sequence[Tensor], apply_gs: Sequence[Rule]) -> tuple[Tensor, Tensor]:
     """`chain_factor` in differentiable plain PyTorch."""
     wy_factor = reference.portable_factor if _traced_to_onnx() else reference.wy_factor
-    return join_factors([wy_factor(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
+    return join_factors([factor_by_rule(wy_factor, u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
 def _plain_chain(x: Tensor, us: Sequence[Tensor], apply_gs: Sequence[bool], transpose: bool) -> Tensor:
@@ -203,7 +204,11 @@ def _factor_bwd(
         factors = split_factor(v, t, widths)
         grads = join_factors_bwd(dv, dt, v, t, widths)
     parts = zip(grads, us, factors, apply_gs, needed, strict=True)
-    return [wy_factor_bwd(*grad, u, *factor, gs) if need else None for grad, u, factor, gs, need in parts]
+    wy_factor = torch.ops.hra.wy_factor_fwd
+    return [
+        factor_bwd_by_rule(wy_factor, wy_factor_bwd, *grad, u, *factor, gs) if need else None
+        for grad, u, factor, gs, need in parts
+    ]
 
 
 class _Chain(torch.autograd.Function):
@@ -250,7 +255,8 @@ def _chain_bwd(dy, x, us, v, t, p, transpose, apply_gs, needed):
     device, u = x.device, us[0]
     backend = choose(device, x.dtype, *v.shape)
     factor_backend = choose(device, u.dtype, u.shape[1], factor=True)
-    if len(us) == 1 and factor_backend is backend:  # which may have one launch for both
+    is_plain = len(us) == 1 and not isinstance(apply_gs[0], Soft)
+    if is_plain and factor_backend is backend:  # which may have one launch for both
         dx, du = backend.chain_bwd(dy, x, u, v, t, p, transpose, apply_gs[0])
         return dx, [du]
     dx, dv, dt = backend.reflect_bwd(dy, x, v, t, p, transpose)
@@ -283,20 +289,21 @@ def wy_factor(u: Tensor, apply_gs: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def chain_factor(
-    us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype = torch.float32
+    us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """(v, t) of Q_1 Q_2 ... for several chains, without gradient: what `reflect_chain` takes as `factor`.
 
     Args:
         us: one or more (D, R_i), as in `wy_factor`.
-        apply_gs: one flag per chain.
+        apply_gs: one flag per chain; or, in its place, `soft.Soft(eps)`.
         dtype: of the tensor that will be reflected; float64 makes v and t float64.
     """
     for u in us:
         checks.check_u("chain_factor", u)
     with torch.no_grad():
         us = in_factor_dtype(us, dtype)
-        return join_factors([torch.ops.hra.wy_factor_fwd(u, gs) for u, gs in zip(us, apply_gs, strict=True)])
+        wy_factor = torch.ops.hra.wy_factor_fwd
+        return join_factors([factor_by_rule(wy_factor, u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
 def factor_in_groups(u: Tensor) -> bool:
@@ -304,12 +311,15 @@ def factor_in_groups(u: Tensor) -> bool:
     return choose(u.device, u.dtype, u.shape[1], factor=True).shares_launches
 
 
-def wy_factor_many(us: Sequence[Tensor], apply_gs: bool = False) -> list[tuple[Tensor, Tensor]]:
+def wy_factor_many(us: Sequence[Tensor], apply_gs: Rule = False) -> list[tuple[Tensor, Tensor]]:
     """`wy_factor` of each u, without gradient; us of one shape share their launches where the backend can batch.
 
     For the factors of a whole model, once per optimizer step: 200 adapted layers of three shapes cost the launches of
     three. Memory: one more copy of us.
     """
+    if isinstance(apply_gs, Soft):
+        long = wy_factor_many([extended(u, apply_gs.eps) for u in us])
+        return [(v[:, : u.shape[0]].contiguous(), t) for (v, t), u in zip(long, us, strict=True)]
     groups: dict[tuple, list[int]] = {}
     for i, u in enumerate(us):
         checks.check_u("wy_factor_many", u)
@@ -334,7 +344,7 @@ def in_factor_dtype(us: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def attach_factor(
-    us: Sequence[Tensor], apply_gs: Sequence[bool], factor: tuple[Tensor, Tensor] | None = None
+    us: Sequence[Tensor], apply_gs: Sequence[Rule], factor: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """`chain_factor`, differentiable in us. With `factor` given, only the graph is made: nothing is computed again."""
     if wants_plain_ops():
@@ -391,7 +401,7 @@ def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:
 def reflect_chain(
     x: Tensor,
     us: Sequence[Tensor],
-    apply_gs: Sequence[bool],
+    apply_gs: Sequence[Rule],
     factor: tuple[Tensor, Tensor] | None = None,
     transpose: bool = False,
 ) -> Tensor:
@@ -400,7 +410,7 @@ def reflect_chain(
     Args:
         x: (..., D), as in `reflect`.
         us: one or more (D, R_i), as in `wy_factor`. Q = Q_1 Q_2 ...
-        apply_gs: one flag per chain.
+        apply_gs: as in `chain_factor`.
         factor: `chain_factor(us, apply_gs, x.dtype)` where the caller kept it; it must belong to us as they are now.
 
     Returns:

@@ -70,5 +70,7 @@ def model_orthogonality_penalty(model: nn.Module, adapter_name: str | None = Non
         chains: list[Tensor] = []
         for name, parameter in us.items():
             u = whole(parameter, "model_orthogonality_penalty", name)
+            if u.dim() == 3 and u.shape[1] == 1:  # (N, 1, R): on the output side, or with eps
+                u = u.flatten(0, 1)
             chains += [u] if u.dim() == 2 else u.unbind(0)  # (D, R), or a chain for each expert, (E, D, R)
         return orthogonality_penalty(chains)

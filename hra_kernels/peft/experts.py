@@ -6,8 +6,6 @@ The module that holds the parameter uses it as it likes, so the reflections go t
 forward (`hra_kernels.mixed_batch`), and one more weight in memory meanwhile, as with PEFT's LoRA.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,25 +59,6 @@ class ParamWrapper(ReflectionLayer):
 
     def _vector_shape(self) -> tuple[int, ...]:
         return (*self.base_parameter().shape[:-2], self.in_features)
-
-    @contextmanager
-    def _as_one_matrix(self, adapter_name: str) -> Iterator[None]:
-        """PEFT's initializations know (D, r); rows are independent in them, whichever expert's."""
-        u = self.hra_u[adapter_name]
-        self.hra_u[adapter_name] = nn.Parameter(u.detach().flatten(0, -2))
-        yield
-        u = self.hra_u[adapter_name].detach()
-        self.hra_u[adapter_name] = nn.Parameter(u.reshape(*self._vector_shape(), u.shape[-1]))
-
-    def reset_hra_parameters(self, adapter_name: str) -> None:
-        """As `ReflectionLayer.reset_hra_parameters`, for each expert."""
-        with self._as_one_matrix(adapter_name):
-            super().reset_hra_parameters(adapter_name)
-
-    def reset_hra_parameters_random(self, adapter_name: str) -> None:
-        """Independent columns for each expert."""
-        with self._as_one_matrix(adapter_name):
-            super().reset_hra_parameters_random(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         parameter, u = self.base_parameter(), self.hra_u[adapter_name]

@@ -2,6 +2,8 @@
 
     W Q - W = -(W vᵀ) t v  has rank R, so   A = v (R, D),  B = -(W vᵀ) t (N, R)   is W Q as a LoRA of rank R, scale 1
 
+On the output side, Qᵀ W - W = -vᵀ tᵀ (v W): A = v W (R, D), B = -vᵀ tᵀ (N, R).
+
 For a convolution A is a (R, C, kh, kw) kernel and B a 1 x 1 convolution; for an embedding PEFT calls (W vᵀ) t, an
 embedding of its own, A, and v B. Several adapters are one chain and one LoRA of
 their summed rank. B depends on the base weight: the LoRA belongs to the very base model it was exported from.
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hra_kernels.factors import factor_dtype
 from hra_kernels.ops import chain_factor
 from hra_kernels.peft.base_weight import has_own_forward
 from hra_kernels.peft.conv import ConvLayer, runs_own_code
@@ -28,6 +31,7 @@ from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.linear import HRALinear, HRAQuantizedLinear
 from hra_kernels.peft.names import plain_name
 from hra_kernels.peft.sharded import whole_vectors
+from hra_kernels.soft import SIDES, Rule
 
 _PREFIX = "base_model.model."
 _KEYS = "lora_A.weight", "lora_B.weight"
@@ -62,7 +66,7 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
         )
     if layer.merged:
         raise ValueError(f"{layer.describe()} is merged; call unmerge_adapter() before exporting")
-    us, apply_gs = layer.chain(names)
+    us, rules = layer.chain(names)
     us = whole_vectors(us, layer.describe())
     for name, u in zip(names, us, strict=True):
         if not u.isfinite().all():
@@ -70,8 +74,12 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
     _require_same_forward(layer)
     weight = layer.readable_weight()
     dtype = torch.float32 if weight is None else weight.dtype
-    v, t = chain_factor(us, apply_gs, dtype)
     base, is_linear = layer.get_base_layer(), isinstance(layer, HRALinear)
+    if layer.of_side("output", names):
+        if weight is None:
+            raise NotImplementedError(f"{layer.describe()}: its weight must be readable to export side='output'")
+        return _factors_of_both_sides(layer, names, us, rules, weight.read().to(us[0].device, factor_dtype(dtype)))
+    v, t = chain_factor(us, rules, dtype)
     if weight is not None:
         product = weight.read().flatten(1).to(v.device, v.dtype) @ v.mT
     elif is_linear:
@@ -84,6 +92,23 @@ def lora_factors(layer: ReflectionLayer, adapter_names: Sequence[str]) -> tuple[
     if isinstance(layer, HRAEmbedding):
         return back.mT.contiguous(), v.mT.contiguous()
     return v.reshape(-1, *base.weight.shape[1:]), back.reshape(*back.shape, *[1] * (base.weight.dim() - 2))
+
+
+def _factors_of_both_sides(
+    layer: ReflectionLayer, names: Sequence[str], us: Sequence[Tensor], rules: Sequence[Rule], weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(A, B) of a linear layer with output side: Qᵀ (W + B_in A_in) = W + B_in A_in - vᵀ tᵀ v (W + B_in A_in)."""
+    sides: dict[str, tuple[list[Tensor], list[Rule]]] = {side: ([], []) for side in SIDES}
+    for name, u, rule in zip(names, us, rules, strict=True):
+        sides[layer.hra_side[name]][0].append(u)
+        sides[layer.hra_side[name]][1].append(rule)
+    a, b = weight.new_empty(0, weight.shape[1]), weight.new_empty(weight.shape[0], 0)
+    if sides["input"][0]:
+        a, t = chain_factor(*sides["input"], weight.dtype)
+        b = -(weight @ a.mT) @ t
+    v, t = chain_factor(*sides["output"], weight.dtype)
+    adapted = v @ weight + (v @ b) @ a
+    return torch.cat([a, adapted]).contiguous(), torch.cat([b, -v.mT @ t.mT], 1).contiguous()
 
 
 def _require_same_forward(layer: ReflectionLayer) -> None:

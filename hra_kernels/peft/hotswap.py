@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.names import plain_name
 
-CONFIG_KEYS = ["apply_GS"]
+CONFIG_KEYS = ["apply_GS", "side", "eps"]
 """What PEFT's `check_hotswap_configs_compatible` has to find equal."""
 
 
@@ -47,7 +47,7 @@ def hotswap_with_hra(stock: Callable[..., None]) -> Callable[..., None]:
             RuntimeError: the new adapter has a layer that the old one does not have.
         """
         if config.peft_type == PeftType.HRA:
-            _swap(model, state_dict, adapter_name)
+            _swap(model, state_dict, adapter_name, config)
         else:
             stock(model, state_dict, adapter_name, config, parameter_prefix)
 
@@ -55,8 +55,15 @@ def hotswap_with_hra(stock: Callable[..., None]) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def _swap(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str) -> None:
+def _swap(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: Any) -> None:
     layers = {name: layer for name, layer in _layers(model).items() if adapter_name in layer.hra_r}
+    new = getattr(config, "side", "input"), getattr(config, "eps", 0.0)
+    for name, layer in layers.items():
+        if new != (layer.hra_side[adapter_name], layer.hra_eps[adapter_name]):
+            raise ValueError(
+                f"hotswap: the new adapter must have side={layer.hra_side[adapter_name]!r} and "
+                f"eps={layer.hra_eps[adapter_name]} as layer {name!r} has, got side={new[0]!r} and eps={new[1]}"
+            )
     targets = {f"{name}.hra_u.{adapter_name}": layer.hra_u[adapter_name] for name, layer in layers.items()}
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(

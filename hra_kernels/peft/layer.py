@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft.tuners.hra.layer import HRALayer
 from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -24,16 +23,21 @@ from hra_kernels.peft import base_weight, merge
 from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.powers import PowerCache
 from hra_kernels.peft.sharded import is_sharded, whole_vectors
+from hra_kernels.peft.vectors import AdapterVectors
+from hra_kernels.soft import Rule, Soft
 
 _WITHOUT_BASE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
-class ReflectionLayer(KeepsFactors, HRALayer):
+class ReflectionLayer(KeepsFactors, AdapterVectors):
     """A subclass supplies `_vector_shape`, `_adapted_forward`, and `_mixed_forward` if it can.
 
     An nn.Module first, as PEFT's layers are: FSDP2 gives a layer that it wraps another class of the same layout. Where
     a subclass is one of PEFT's layers too, it is listed behind: all that those do is done here, for any base layer.
     """
+
+    sides: tuple[str, ...] = ("input",)
+    """What `HRAConfig.side` may be over this kind of base layer."""
 
     name_in_model: str = ""
     """Where the layer sits in its model, for error messages."""
@@ -42,13 +46,16 @@ class ReflectionLayer(KeepsFactors, HRALayer):
     """How the model was quantized, where torchao did it and transformers loaded it; needed to merge."""
 
     _merged: merge.Merged | None = None
-    _mixed_factors: MixedFactors | None = None
+    _mixed_factors: dict[str, MixedFactors] | None = None
+    """By side."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any = None, r: int = 0, **fields: Any) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.hra_r: dict[str, int] = {}
         self.hra_apply_GS: dict[str, bool] = {}
+        self.hra_side: dict[str, str] = {}
+        self.hra_eps: dict[str, float] = {}
         self.hra_u = nn.ParameterDict({})
         self.hra_scales: dict[str, list[float]] = {}
         self._powers: dict[str, PowerCache] = {}
@@ -58,6 +65,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         self.kwargs: dict[str, Any] = {}
         self.in_features, self.out_features = self._sizes()
         self._factors = FactorCache()
+        self._output_factors = FactorCache()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config, **fields)
 
@@ -66,11 +74,19 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         settings = fields if config is None else vars(config)
         if r <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        side, eps = settings.get("side", "input"), settings.get("eps", 0) or 0  # to a compiler 0.0 is a variable
+        if side not in self.sides:
+            raise NotImplementedError(
+                f"HRA: {self.describe()} supports side in {self.sides}, got {side!r}; exclude it (exclude_modules)"
+            )
         self.hra_r[adapter_name] = r
         self.hra_apply_GS[adapter_name] = settings.get("apply_GS", False)
+        self.hra_side[adapter_name], self.hra_eps[adapter_name] = side, eps
         self.hra_scales[adapter_name] = []
         self._powers[adapter_name] = PowerCache()
-        self.hra_u[adapter_name] = nn.Parameter(torch.empty(*self._vector_shape(), r))
+        shape = (self.out_features,) if side == "output" else self._vector_shape()
+        mark = (1,) if self.is_marked(adapter_name) else ()
+        self.hra_u[adapter_name] = nn.Parameter(torch.empty(*shape, *mark, r))
         if settings.get("init_weights", True):
             self.reset_hra_parameters(adapter_name)
         else:
@@ -106,47 +122,31 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         """The parameter that the reflections act on, as the base layer has it now; None where it has none."""
         return weight_of(self.get_base_layer())
 
-    def chain(self, names: Sequence[str]) -> tuple[list[Tensor], list[bool]]:
-        """Of these adapters, in order: their vectors, and whether the chain is that of their Gram-Schmidt basis.
+    def chain(self, names: Sequence[str]) -> tuple[list[Tensor], list[Rule]]:
+        """Of these adapters, in order: their vectors, and what their reflections are along (`soft.Rule`).
 
         At a scale other than 1: the vectors of that power of the adapter.
 
         Raises:
             ValueError: the power is not defined.
         """
-        us, apply_gs, hra_u = [], [], self.hra_u
+        us, apply_gs = [], []
         for name in names:
-            u = hra_u._parameters.get(name)
-            u = u if type(u) is nn.Parameter and not hasattr(u, "ds_id") else hra_u[name]
-            gs, scale = self.hra_apply_GS[name], self._scale_of(name)
-            us.append(u if scale == 1 else self._power(name, scale))
-            apply_gs.append(gs and scale == 1)
+            gs, eps, scale = self.hra_apply_GS[name], self.hra_eps[name], self._scale_of(name)
+            us.append(self.vectors(name) if scale == 1 else self._power(name, scale))
+            apply_gs.append(Soft(eps) if eps else gs and scale == 1)
         return us, apply_gs
 
-    def chain_to_refill(self) -> tuple[FactorCache, list[Tensor], list[bool]] | None:
+    def chain_to_refill(self) -> tuple[FactorCache, list[Tensor], list[Rule]] | None:
         """What the next forward will ask of its cache (`factor_cache.refill`); None where that is not known ahead."""
         names = self._adapters_to_apply()
         hidden = base_weight.is_offloaded(self.hra_u) or self.look_for_hooks(self.hra_u)
         if hidden or not all(is_whole(held(self.hra_u, name)) for name in names):
             return None
-        return self._factors, *self.chain(names)
-
-    def reset_hra_parameters(self, adapter_name: str) -> None:
-        """PEFT's default initialization: pairs of equal columns, so that the layer starts as the base layer.
-
-        With `apply_GS` there is no such start: Gram-Schmidt keeps one of each pair (the other depends on it), leaving
-        r / 2 reflections, -1 on their span, and no gradient for the rest. Independent columns are drawn instead.
-        """
-        if self.hra_apply_GS[adapter_name]:
-            warnings.warn(
-                f"HRA adapter {adapter_name!r}: apply_GS=True cannot start from HRA's pairs of equal columns, of which "
-                "Gram-Schmidt keeps one each; independent columns are drawn, so the layer does not start as the base "
-                "layer (none with apply_GS can). Set init_weights=False to say that this is meant.",
-                stacklevel=2,
-            )
-            self.reset_hra_parameters_random(adapter_name)
-        else:
-            super().reset_hra_parameters(adapter_name)
+        output = self.of_side("output", names)
+        if output and output != names:  # two factors: each is computed where it is wanted
+            return None
+        return self._output_factors if output else self._factors, *self.chain(names)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """As PEFT's; to where the base layer runs, if accelerate keeps it elsewhere. Aligned, as files need not be."""
@@ -161,7 +161,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
         For PEFT's callers only: forward, merge and unmerge never form it.
         """
-        u = self.hra_u[adapter_name]
+        u = self.vectors(adapter_name)
         identity = torch.eye(u.shape[0], dtype=u.dtype, device=u.device)
         return reflect_chain(identity, *self.chain([adapter_name]), transpose=reverse)
 
@@ -177,14 +177,16 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             self.hra_u[target] = nn.Parameter(copied, requires_grad=before.requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's; the adapter's scale and factors go with it."""
+        """As PEFT's; the adapter's scale, side, eps and factors go with it."""
         super().delete_adapter(adapter_name)
-        self.hra_scales.pop(adapter_name, None)
+        for settings in (self.hra_scales, self.hra_side, self.hra_eps):
+            settings.pop(adapter_name, None)
         self.forget_factors()
 
     def forget_factors(self) -> None:
         """Compute the factors anew in the next forward, those of a mixed batch too."""
         super().forget_factors()
+        self._output_factors.clear()
         self._mixed_factors = None
         self._powers = {name: PowerCache() for name in self.hra_r}
 
@@ -201,7 +203,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         In between it is the geodesic of `add_weighted_adapter`. An adapter that the layer does not have is passed over.
 
         Raises:
-            ValueError: the power is not defined, as for odd r or apply_GS but at -1, 0 and 1; nothing is changed.
+            ValueError: the power is not defined, as for odd r or apply_GS but at -1, 0 and 1, and with eps but at 0
+                and 1; nothing is changed.
         """
         if adapter in self.hra_r:
             self._set_scales(adapter, [float(scale)])
@@ -240,10 +243,17 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             raise
 
     def _power(self, name: str, scale: float) -> Tensor:
+        if self.hra_eps[name]:
+            if scale == 0:
+                return torch.zeros_like(self.vectors(name))
+            raise ValueError(
+                f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: with eps, a chain is not orthogonal "
+                "and has no powers; its scales are 0 and 1"
+            )
         powers = self._powers[name]
         powers.parameters_come_late = self._factors.parameters_come_late
         try:
-            return powers.get(self.hra_u[name], self.hra_apply_GS[name], scale)
+            return powers.get(self.vectors(name), self.hra_apply_GS[name], scale)
         except ValueError as error:
             raise ValueError(f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: {error}") from error
 
@@ -312,7 +322,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             return self.base_layer(x, *args, **kwargs)
         hra_u = self._modules["hra_u"]
         if not torch.compiler.is_compiling():
-            self.look_for_hooks(hra_u)
+            self._output_factors.parameters_come_late = self.look_for_hooks(hra_u)
             gather_in_forward(self, [held(hra_u, name) for name in names])
         if not base_weight.is_offloaded(hra_u):
             return self._cast_forward(x, names, adapter_names, *args, **kwargs)
@@ -333,6 +343,7 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             type(u) is not nn.Parameter
             or type(weight) is not nn.Parameter
             or weight.dtype != x.dtype
+            or u.dim() != 2  # an output side, or eps
             or len(self.hra_r) != 1
             or self._disable_adapters
             or self.merged_adapters
@@ -353,12 +364,14 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         given = x.dtype
         x = self._cast_for_base(x)
         cast = x.dtype != given and not torch.is_autocast_enabled(x.device.type)
-        if adapter_names is not None:
+        if self.of_side("output", names):
+            result = self._forward_with_output(x, names, adapter_names, *args, **kwargs)
+        elif adapter_names is not None:
             result = self._mixed_forward(x, adapter_names, *args, **kwargs)
         else:
             result = self._adapted_forward(x, *self.chain(names), *args, **kwargs)
-            if len(self.hra_r) > 1:
-                _show_to_checkpoints([list(self.hra_r).index(name) for name in names], result)
+        if adapter_names is None and len(self.hra_r) > 1:
+            _show_to_checkpoints([list(self.hra_r).index(name) for name in names], result)
         return result.to(given) if cast else result
 
     def _cast_for_base(self, x: Tensor) -> Tensor:
@@ -371,8 +384,14 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         # a quantized weight's dtype says nothing about the inputs it wants
         return self._cast_input_dtype(x, dtype) if dtype in base_weight.MERGEABLE else x
 
-    def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
+    def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[Rule], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer with the chains along `us` in its weight; what a subclass is there for."""
+        raise NotImplementedError
+
+    def _forward_with_output(
+        self, x: Tensor, names: list[str], adapter_names: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As `_adapted_forward` and `_mixed_forward`, where some of `names` are on the output side."""
         raise NotImplementedError
 
     def _call_with(self, adapt: Callable[[Tensor], Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -386,12 +405,12 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         name = next(name for name, one in self.base_layer.named_parameters() if one is parameter)
         return functional_call(self.base_layer, {name: adapt(parameter)}, (x, *args), kwargs)
 
-    def _mixed_batch(self, adapter_names: list[str], x: Tensor) -> tuple:
+    def _mixed_batch(self, adapter_names: list[str], x: Tensor, side: str = "input") -> tuple:
         """What `reflect_mixed` needs after an x whose samples have these adapters."""
         if self._mixed_factors is None:
-            self._mixed_factors = MixedFactors()
-        names = self._adapters_to_apply(adapter_names)
-        return self._mixed_factors.get(names, *self.chain(names), adapter_names, x)
+            self._mixed_factors = {}
+        names = self.of_side(side, self._adapters_to_apply(adapter_names))
+        return self._mixed_factors.setdefault(side, MixedFactors()).get(names, *self.chain(names), adapter_names, x)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         why = ", whose weight is sharded" if is_sharded(self.get_base_layer()) else ""
@@ -421,7 +440,9 @@ class ReflectionLayer(KeepsFactors, HRALayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.hra_r]
         if names:
             self.require_mergeable(names)
-            self._merged = merge.merge(self.readable_weight(), names, *self.chain(names), self._merged, keep_original)
+            chain, sides = self.chain(names), [self.hra_side[name] for name in names]
+            weight = self.readable_weight()
+            self._merged = merge.merge(weight, names, *chain, sides, self._merged, keep_original)
             self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -429,6 +450,9 @@ class ReflectionLayer(KeepsFactors, HRALayer):
 
         Where no original was kept, or the weight was changed while merged, the reflections of the merge are undone on
         the weight as it is, in float32 (float64) and rounded once.
+
+        Raises:
+            ValueError: there is a soft chain (`eps`) that cannot be undone; the layer stays merged.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -475,7 +499,8 @@ class ReflectionLayer(KeepsFactors, HRALayer):
             if not u.isfinite().all():
                 raise merge.broken([name], "its hra_u holds NaN or infinity", self.describe())
         if safe_merge:
-            merge.require_finite_result(self.readable_weight(), names, us, apply_gs)
+            sides = [self.hra_side[name] for name in names]
+            merge.require_finite_result(self.readable_weight(), names, us, apply_gs, sides)
 
 
 def _do_nothing(module: nn.Module, args: tuple, output: Any) -> None:

@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import reflect_chain
-from hra_kernels.peft import sharded
+from hra_kernels.peft import output_side, sharded
 from hra_kernels.peft.base_weight import is_torchao, unpack_for_cpu
 from hra_kernels.peft.layer import ReflectionLayer
+from hra_kernels.soft import SIDES
 
 
 class HRALinear(ReflectionLayer, PeftHRALinear):
-    """PEFT's HRA layer over an `nn.Linear` or a subclass of it, or transformers' `Conv1D`.
+    """PEFT's HRA layer over an `nn.Linear` or a subclass of it, or transformers' `Conv1D`; both sides.
 
     Arguments, attributes and parameters are those of `peft.tuners.hra.layer.HRALinear`.
     """
+
+    sides = SIDES
 
     def _sizes(self) -> tuple[int, int]:
         base = self.get_base_layer()
@@ -46,6 +49,11 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
             )
         reflect = partial(sharded.reflect, us=us, apply_gs=apply_gs, cache=self._factors)
         return sharded.call_base(base, reflect, x, *args, **kwargs)
+
+    def _forward_with_output(
+        self, x: Tensor, names: list[str], adapter_names: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return output_side.forward(self, x, names, adapter_names, *args, **kwargs)
 
     def _mixed_forward(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if sharded.is_sharded(self.get_base_layer()):

@@ -1,11 +1,14 @@
 """Merging reflections into a weight and taking them out again.
 
     merge     W <- W Q_1 Q_2 ...      in float32 (float64 for a float64 weight) by blocks of rows, rounded once
-    unmerge   W <- the bits that were there before; W Qᵀ where they were not kept, or the weight was changed since
+    unmerge   W <- the bits that were there before; W Q⁻¹ where they were not kept, or the weight was changed since
+
+On the output side Qᵀ W, which is (Wᵀ Q)ᵀ: the same on blocks of columns. The sides do not depend on each other's order.
 
 Both write into the memory of W. A quantized weight is dequantized, merged and quantized again, into new memory. Extra
 memory: the original weight as stored, while merged (for a moment only, where it is not kept), and one block of rows;
-for a quantized weight also two floating-point copies for a moment. Nothing is (D, D).
+for a quantized weight also two floating-point copies for a moment, and for adapters of both sides one in the factor's
+dtype. Nothing is (D, D).
 """
 
 from collections.abc import Sequence
@@ -19,21 +22,28 @@ from hra_kernels.factors import factor_dtype, join_factors
 from hra_kernels.ops import chain_factor, reflect
 from hra_kernels.peft.base_weight import ShardedWeight, Weight, is_plain, row_blocks
 from hra_kernels.peft.sharded import whole_vectors
+from hra_kernels.soft import SIDES, Rule, Soft, inverse_factor
 
-Factors = list[tuple[Tensor, Tensor]]
-"""Of one merge: a factor for each of `Weight.parts`."""
+
+@dataclass
+class Step:
+    """Of one merge, the chains of one side: a factor for each of `Weight.parts`, and whether a chain is soft."""
+
+    side: str
+    factors: list[tuple[Tensor, Tensor]]
+    is_soft: bool
 
 
 @dataclass
 class Merged:
-    """What `unmerge` needs: the weight before, what the merged weight was, and the factors in the order of merging.
+    """What `unmerge` needs: the weight before, what the merged weight was, and the steps in the order of merging.
 
     Without an original there is no fingerprint either.
     """
 
     original: Any | None
     fingerprint: tuple | None
-    merges: list[Factors]
+    steps: list[Step]
     sharded: bool
 
 
@@ -46,9 +56,11 @@ def broken(names: Sequence[str], why: str, where: str) -> ValueError:
 
 
 @torch.no_grad()
-def require_finite_result(weight: Weight, names: Sequence[str], us: Sequence[Tensor], apply_gs: Sequence[bool]) -> None:
+def require_finite_result(
+    weight: Weight, names: Sequence[str], us: Sequence[Tensor], apply_gs: Sequence[Rule], sides: Sequence[str]
+) -> None:
     """Raise ValueError where `merge` would not give a finite weight. Computes it, and keeps nothing."""
-    _merged_rows(weight, weight.read(), names, [_factors(weight, us, apply_gs)])
+    _merged_rows(weight, weight.read(), names, _steps(weight, us, apply_gs, sides))
 
 
 @torch.no_grad()
@@ -56,7 +68,8 @@ def merge(
     weight: Weight,
     names: Sequence[str],
     us: Sequence[Tensor],
-    apply_gs: Sequence[bool],
+    apply_gs: Sequence[Rule],
+    sides: Sequence[str],
     before: Merged | None,
     keep_original: bool = True,
 ) -> Merged:
@@ -65,8 +78,10 @@ def merge(
     Args:
         weight: changed in place; as it was where this raises.
         names: of the adapters, for errors.
-        us: their vectors in the order of the product, (D, r), or (E, D, r) for experts; FSDP2's shards are gathered.
-        apply_gs: for each, whether its chain is that of its Gram-Schmidt basis.
+        us: their vectors in the order of the product, (D, r), (N, r) on the output side, or (E, D, r) for experts;
+            FSDP2's shards are gathered.
+        apply_gs: for each, what its reflections are along.
+        sides: for each, "input" or "output".
         before: what the last merge into this weight gave, if it still holds.
         keep_original: keep a copy of the weight from before the first merge, so that `unmerge` restores its bits.
 
@@ -76,18 +91,18 @@ def merge(
     Raises:
         ValueError: the merged weight is not finite.
     """
-    pending = [_factors(weight, us, apply_gs)]
-    merges = pending if before is None else [*before.merges, *pending]
+    pending = _steps(weight, us, apply_gs, sides)
+    steps = pending if before is None else [*before.steps, *pending]
     sharded = isinstance(weight, ShardedWeight)
     original = _unchanged_original(weight, before) if before is not None else None
     if original is not None:  # one rounding for all: start again from the original
-        weight.write(_merged_rows(weight, weight.read(original), names, merges))
+        weight.write(_merged_rows(weight, weight.read(original), names, steps))
     else:
         replaced = weight.write(_merged_rows(weight, weight.read(), names, pending))
         original = replaced if before is None else None
     if original is None or not keep_original:
-        return Merged(None, None, merges, sharded)
-    return Merged(original, weight.fingerprint(), merges, sharded)
+        return Merged(None, None, steps, sharded)
+    return Merged(original, weight.fingerprint(), steps, sharded)
 
 
 def _unchanged_original(weight: Weight, state: Merged) -> Any | None:
@@ -103,6 +118,7 @@ def unmerge(weight: Weight, state: Merged) -> None:
 
     Raises:
         RuntimeError: the weight was merged as shards and is whole now.
+        ValueError: the reflections are to be undone, and are those of a soft chain that has no good inverse.
     """
     if state.sharded and not isinstance(weight, ShardedWeight):
         raise RuntimeError(
@@ -113,31 +129,57 @@ def unmerge(weight: Weight, state: Merged) -> None:
     if original is not None:
         weight.restore(original)
     else:
-        weight.write(_reflected(weight, weight.read(), state.merges, inverse=True))
+        weight.write(_reflected(weight, weight.read(), state.steps, inverse=True))
 
 
-def _factors(weight: Weight, us: Sequence[Tensor], apply_gs: Sequence[bool]) -> Factors:
-    chains = zip(*(weight.parts(u.to(weight.device)) for u in whole_vectors(us)), strict=True)
-    return [chain_factor(chain, apply_gs, weight.dtype) for chain in chains]
+def _steps(weight: Weight, us: Sequence[Tensor], apply_gs: Sequence[Rule], sides: Sequence[str]) -> list[Step]:
+    steps, us = [], whole_vectors(us)
+    for side in dict.fromkeys(sides):
+        own = [i for i, one in enumerate(sides) if one == side]
+        rules = [apply_gs[i] for i in own]
+        chains = zip(*(weight.parts(us[i].to(weight.device)) for i in own), strict=True)
+        factors = [chain_factor(chain, rules, weight.dtype) for chain in chains]
+        steps.append(Step(side, factors, any(isinstance(rule, Soft) for rule in rules)))
+    return steps
 
 
-def _merged_rows(weight: Weight, rows: Tensor, names: Sequence[str], merges: list[Factors]) -> Tensor:
-    merged = _reflected(weight, rows, merges, inverse=False)
+def _merged_rows(weight: Weight, rows: Tensor, names: Sequence[str], steps: list[Step]) -> Tensor:
+    merged = _reflected(weight, rows, steps, inverse=False)
     if not all(merged[rows].isfinite().all() for rows in row_blocks(merged)):
         raise broken(names, "the base weight is not finite, or the result is out of its dtype's range", weight.where)
     return merged
 
 
-def _reflected(weight: Weight, rows: Tensor, merges: list[Factors], inverse: bool) -> Tensor:
-    """The weight's rows times Q, or Qᵀ if inverse, as a new tensor of their dtype and memory format."""
+def _reflected(weight: Weight, rows: Tensor, steps: list[Step], inverse: bool) -> Tensor:
+    """The weight's rows with the reflections, or without them if inverse: a new tensor of their dtype and format."""
     result, wide = torch.empty_like(rows), factor_dtype(weight.dtype)
-    for part, out, factors in zip(weight.parts(rows), weight.parts(result), zip(*merges, strict=True), strict=True):
-        v, t = join_factors([(v.to(weight.device, wide), t.to(weight.device, wide)) for v, t in factors])
-        for block in row_blocks(part):
-            with torch.autocast(part.device.type, enabled=False):
-                y = reflect(part[block].flatten(1).to(wide), v, t, transpose=inverse)
-            out[block] = y.view(part[block].shape).to(part.dtype)
+    sides = [[step for step in steps if step.side == side] for side in SIDES]
+    for i, (part, out) in enumerate(zip(weight.parts(rows), weight.parts(result), strict=True)):
+        inside, outside = (_joined(own, i, weight.device, wide, inverse) if own else None for own in sides)
+        between = torch.empty_like(part, dtype=wide) if inside and outside else out  # so that both round once
+        if inside:
+            _reflect_rows(part, between, *inside)
+        if outside:
+            _reflect_rows((between if inside else part).mT, out.mT, *outside)
     return result
+
+
+def _joined(
+    steps: list[Step], part: int, device: torch.device, dtype: torch.dtype, inverse: bool
+) -> tuple[Tensor, Tensor, bool]:
+    """What `reflect` takes after x for the product of these chains, or its inverse."""
+    parts = [step.factors[part] for step in steps]
+    v, t = join_factors([(v.to(device, dtype), t.to(device, dtype)) for v, t in parts])
+    if inverse and any(step.is_soft for step in steps):
+        return *inverse_factor(v, t), False
+    return v, t, inverse
+
+
+def _reflect_rows(rows: Tensor, out: Tensor, v: Tensor, t: Tensor, transpose: bool) -> None:
+    for block in row_blocks(rows):
+        with torch.autocast(rows.device.type, enabled=False):
+            y = reflect(rows[block].flatten(1).to(v.dtype), v, t, transpose)
+        out[block] = y.view(rows[block].shape).to(out.dtype)
 
 
 def shared_parameters(model: nn.Module) -> dict[int, list[str]]:

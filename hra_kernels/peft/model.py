@@ -153,6 +153,8 @@ class HRAModel(PeftHRAModel):
     def _check_new_adapter_config(self, config: Any) -> None:
         """As PEFT's. Where wrappers of parameters are nested is part of the names in a file, for all adapters alike."""
         super()._check_new_adapter_config(config)
+        if not _LAYERS_TAKE_CONFIG and (getattr(config, "side", "input") != "input" or getattr(config, "eps", 0)):
+            raise ValueError("HRA: PEFT 0.19 has no room for side and eps; install a newer one")
         wanted = set(getattr(config, "target_parameters", None) or ())
         for name, other in self.peft_config.items():
             present = set(getattr(other, "target_parameters", None) or ())

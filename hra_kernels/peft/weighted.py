@@ -42,6 +42,11 @@ def _check(model: HRAModel, adapters: Sequence[str], weights: Sequence[float], n
                 f"add_weighted_adapter: adapter {adapter!r} has trained biases or modules_to_save, which have no "
                 "weighted combination"
             )
+        if getattr(config, "eps", 0):
+            raise ValueError(f"add_weighted_adapter: adapter {adapter!r} has eps, with which a chain has no powers")
+    sides = {adapter: getattr(model.peft_config[adapter], "side", "input") for adapter in adapters}
+    if len(set(sides.values())) > 1:
+        raise ValueError(f"add_weighted_adapter: all adapters must be on one side, got {sides}")
     if any(getattr(config, "target_parameters", None) for config in model.peft_config.values()):
         raise NotImplementedError("add_weighted_adapter: not supported with target_parameters")
 
@@ -52,7 +57,7 @@ def _combined(layer: HRALayer, where: str, adapters: Sequence[str], weights: Seq
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter in layer.hra_r:
             try:
-                columns.append(chain_power(layer.hra_u[adapter], layer.hra_apply_GS[adapter], weight))
+                columns.append(chain_power(layer.vectors(adapter), layer.hra_apply_GS[adapter], weight))
             except ValueError as error:
                 raise ValueError(f"add_weighted_adapter: layer {where!r}, adapter {adapter!r}: {error}") from error
     return padded(torch.cat(columns, 1), rank)
@@ -86,5 +91,6 @@ def add_weighted_adapter(
     for name, layer in layers.items():
         if adapter_name in layer.hra_r:  # a target's name can be the end of another layer's, which has no part in it
             fresh = layer.hra_u[adapter_name]
-            columns = combined[name] if name in combined else padded(fresh.detach()[:, :0], rank)
-            layer.hra_u[adapter_name] = nn.Parameter(columns.to(fresh.device), requires_grad=False)
+            columns = combined[name] if name in combined else torch.zeros_like(fresh)
+            columns = columns.to(fresh.device).reshape(fresh.shape)
+            layer.hra_u[adapter_name] = nn.Parameter(columns, requires_grad=False)

@@ -15,7 +15,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_modul
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import hra_kernels.peft
+from hra_kernels.peft.model import _LAYERS_TAKE_CONFIG
 from hra_kernels.regularizer import model_orthogonality_penalty
 from hra_kernels.testing.tolerance import relative, rounding
 from tests.peft.models import Net, adapt, config, seeded
@@ -243,6 +244,38 @@ def fsdp2_penalty(mesh):
         assert other.grad is None or relative(whole(one.grad), other.grad) < FLOAT32
 
 
+def output_side(mesh):
+    """FSDP2 gathers what is reflected on the output side too; a sharded weight's output is refused."""
+    if not _LAYERS_TAKE_CONFIG:
+        return
+    settings = {"side": "output", "eps": 1e-4}
+    base, targets = seeded(Net), ["lin0", "lin1"]
+
+    def build():
+        with hra_kernels.peft.enabled():
+            soft = hra_kernels.peft.HRAConfig(r=4, init_weights=False, target_modules=targets, **settings)
+            return seeded(lambda: get_peft_model(copy.deepcopy(base), soft), 1)
+
+    x, dy = normal(4, 3, 8, 8), normal(4, 5)
+    exact, model = results(build(), x, dy), build()
+    fully_shard(model, mesh=mesh)
+    given = x.clone().requires_grad_()
+    y = model(given)
+    y.backward(dy)
+    got = [y, given.grad, *(whole(p.grad) for p in model.parameters() if p.requires_grad)]
+    errors = [relative(one, other) for one, other in zip(got, exact, strict=True)]
+    assert max(errors) < FLOAT32, errors
+    merging(model, x, exact[0])
+    assert relative(model_orthogonality_penalty(model), model_orthogonality_penalty(build())) < FLOAT32
+    parallelize_module(base, mesh, {"lin1": ColwiseParallel(output_layouts=Replicate())})
+    try:
+        build()(x)
+    except NotImplementedError as error:
+        assert "sharded" in str(error) and "side='output'" in str(error), error
+    else:
+        raise AssertionError("a sharded output was reflected")
+
+
 def fsdp1(mesh):
     """Training, saving whole and loading, with a layer in a unit of its own; what needs whole vectors says so."""
     x, names = normal(4, 3, 8, 8), []
@@ -292,6 +325,7 @@ CHECKS = [
     column_wise, column_wise_after_sequence_parallel, row_wise, row_wise_one_sample, row_wise_from_dtensor,
     row_wise_from_replicated, replicated_layer_from_sharded_batch, training, in_16_bits, refused,
     tensor_parallel_merge, fsdp2, fsdp2_disable_while_merged, fsdp2_non_finite_vectors, fsdp2_penalty, fsdp1,
+    output_side,
 ]  # fmt: skip
 
 

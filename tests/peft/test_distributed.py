@@ -15,7 +15,7 @@ CHECKS = (
     "column_wise", "column_wise_after_sequence_parallel", "row_wise", "row_wise_one_sample", "row_wise_from_dtensor",
     "row_wise_from_replicated", "replicated_layer_from_sharded_batch", "training", "in_16_bits", "refused",
     "tensor_parallel_merge", "fsdp2", "fsdp2_disable_while_merged", "fsdp2_non_finite_vectors",
-    "fsdp2_penalty", "fsdp1",
+    "fsdp2_penalty", "fsdp1", "output_side",
 )  # fmt: skip
 
 
