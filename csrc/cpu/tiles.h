@@ -202,23 +202,8 @@ HRA_INLINE void outer_tile(C* out, int64_t stride_out, bool fresh, const C* a, c
 // Lane l of the result adds, for the bit K of l, the two lanes l and l ^ K of a (bit clear) or of b (bit set).
 template <class C, int K>
 HRA_INLINE Vec<C> fold(Vec<C> a, Vec<C> b) {
-  typename VecOf<C>::index keep, swap;
-  HRA_UNROLL
-  for (int l = 0; l < kLanes<C>; ++l) {
-    keep[l] = (l & K) ? kLanes<C> + l : l;
-    swap[l] = (l & K) ? kLanes<C> + (l ^ K) : l ^ K;
-  }
-#if defined(__clang__)
-  Vec<C> kept, swapped;
-  HRA_UNROLL
-  for (int l = 0; l < kLanes<C>; ++l) {
-    kept[l] = (l & K) ? b[l] : a[l];
-    swapped[l] = (l & K) ? b[l ^ K] : a[l ^ K];
-  }
-  return kept + swapped;
-#else
-  return __builtin_shuffle(a, b, keep) + __builtin_shuffle(a, b, swap);
-#endif
+  return pick<C>(a, b, [](int l) { return (l & K) ? kLanes<C> + l : l; }) +
+         pick<C>(a, b, [](int l) { return (l & K) ? kLanes<C> + (l ^ K) : l ^ K; });
 }
 
 // sums[r] of the lanes of G vectors. With G lanes or twice as many, a tree of log2(lanes) folds does all G at once.

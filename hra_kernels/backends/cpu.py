@@ -1,6 +1,6 @@
 """The `cpu` backend: allocates what csrc/cpu/ fills, and calls it. `hra_kernels.reference` is the specification.
 
-Rows of x, dy and u may be apart by any stride; the factor's small tensors are made contiguous here.
+Rows of x and dy may be apart by any stride; u and the factor's small tensors are made contiguous here.
 """
 
 import torch
@@ -33,9 +33,10 @@ class CpuBackend(Backend):
         dtype = factor_dtype(u.dtype)
         v, t = torch.empty((rank, size_d), dtype=dtype), torch.empty((rank, rank), dtype=dtype)
         if rank:
+            u = u.contiguous()
             _native.wy_factor_fwd(
                 v=v.data_ptr(), t=t.data_ptr(), u=u.data_ptr(), D=size_d, R=rank,
-                stride_ud=u.stride(0), stride_ur=u.stride(1), dtype=_CODES[u.dtype], apply_gs=apply_gs,
+                dtype=_CODES[u.dtype], apply_gs=apply_gs,
                 num_threads=torch.get_num_threads(),
             )  # fmt: skip
         return v, t
@@ -44,10 +45,10 @@ class CpuBackend(Backend):
         size_d, rank = u.shape
         du = torch.empty((size_d, rank), dtype=u.dtype)
         if rank:
-            dv, dt, v, t = dv.contiguous(), dt.contiguous(), v.contiguous(), t.contiguous()
+            dv, dt, u, v, t = dv.contiguous(), dt.contiguous(), u.contiguous(), v.contiguous(), t.contiguous()
             _native.wy_factor_bwd(
                 du=du.data_ptr(), dv=dv.data_ptr(), dt=dt.data_ptr(), u=u.data_ptr(), v=v.data_ptr(), t=t.data_ptr(),
-                D=size_d, R=rank, stride_ud=u.stride(0), stride_ur=u.stride(1), dtype=_CODES[u.dtype],
+                D=size_d, R=rank, dtype=_CODES[u.dtype],
                 apply_gs=apply_gs, num_threads=torch.get_num_threads(),
             )  # fmt: skip
         return du
