@@ -17,7 +17,7 @@ namespace {
 constexpr double kGsRtol = 0x1p-13;            // reference.GS_RTOL
 constexpr int kSide = kManyRegisters ? 4 : 3;  // of a tile of accumulators of the Gram matrix
 constexpr int64_t kSlice = 64;                 // columns of D that the backward works on at a time
-constexpr int64_t kPadRows = 4;                // rows of a tile of `combine`
+constexpr int64_t kPadRows = kProductRows;
 constexpr int64_t kParallelWork = 500 * 1000;  // as in reflect.cpp
 
 // The tile (i0, j0) of g (R, stride) = a bᵀ in float64; with kDiagonal, i0 = j0 and a = b, half of it is computed.
@@ -63,51 +63,20 @@ void gram_rows(double* g, int64_t stride, const C* a, const C* b, int64_t R, int
     for (int64_t j = i + 1; j < R; ++j) g[j * stride + i] = g[i * stride + j];
 }
 
-// out (rows, kSlice) (+)= coefficients (rows, R) times in (R, kSlice), whose rows are `stride_in` apart.
-template <class A>
-HRA_INLINE void combine(A* out, bool fresh, const A* coefficients, int64_t stride, const A* in, int64_t stride_in,
-                        int64_t R) {
-  constexpr int kLane = kLanes<A>, kVecs = kManyRegisters ? 4 : 2;
-  for (int64_t i = 0; i < R; i += kPadRows)
-    for (int64_t d = 0; d < kSlice; d += kVecs * kLane) {
-      Vec<A> acc[kPadRows][kVecs] = {};
-      for (int64_t j = 0; j < R; ++j) {
-        Vec<A> from[kVecs];
-        HRA_UNROLL
-        for (int k = 0; k < kVecs; ++k) from[k] = load(in + j * stride_in + d + k * kLane);
-        HRA_UNROLL
-        for (int row = 0; row < kPadRows; ++row) {
-          const Vec<A> factor = in_register(broadcast(coefficients[(i + row) * stride + j]));
-          HRA_UNROLL
-          for (int k = 0; k < kVecs; ++k) acc[row][k] += factor * from[k];
-        }
-      }
-      HRA_UNROLL
-      for (int row = 0; row < kPadRows; ++row) {
-        HRA_UNROLL
-        for (int k = 0; k < kVecs; ++k) {
-          A* to = out + (i + row) * kSlice + d + k * kLane;
-          store(to, fresh ? acc[row][k] : load(to) + acc[row][k]);
-        }
-      }
-    }
-}
-
-// The columns [d0, d0 + kSlice) of a (R, D) array: where they are, or in `buffer` if they must be converted or filled
-// up with zeros.
+// to (R, kSlice) = the columns [d0, d0 + kSlice) of a (R, D) array, zero beyond D. Rows a power of two apart would
+// compete for the same few cache lines of L1.
 template <class A, class C>
-const A* slice_of(A* buffer, const C* from, int64_t R, int64_t D, int64_t d0, int64_t& stride) {
-  if constexpr (sizeof(A) == sizeof(C)) {
-    stride = D;
-    if (d0 + kSlice <= D) return from + d0;
-  }
-  stride = kSlice;
+void take_slice(A* to, const C* from, int64_t R, int64_t D, int64_t d0) {
   const int64_t count = smaller(kSlice, D - d0);
-  for (int64_t r = 0; r < R; ++r) {
-    for (int64_t d = 0; d < count; ++d) buffer[r * kSlice + d] = static_cast<A>(from[r * D + d0 + d]);
-    for (int64_t d = count; d < kSlice; ++d) buffer[r * kSlice + d] = 0;
+  for (int64_t r = 0; r < R; ++r, to += kSlice) {
+    const C* row = from + r * D + d0;
+    if (count == kSlice) {
+      for (int64_t d = 0; d < kSlice; ++d) to[d] = static_cast<A>(row[d]);
+      continue;
+    }
+    for (int64_t d = 0; d < count; ++d) to[d] = static_cast<A>(row[d]);
+    for (int64_t d = count; d < kSlice; ++d) to[d] = 0;
   }
-  return buffer;
 }
 
 HRA_INLINE double dot(const double* a, const double* b, int64_t count) {
@@ -194,7 +163,7 @@ struct Factor {
     columns.u = static_cast<const T*>(params.u_ptr);
     apply_gs = params.apply_gs;
     tasks = static_cast<int>(D * R * R < kParallelWork ? 1 : num_threads);
-    stride = round_up(R, larger(8, kLanes<double>));
+    stride = round_up(R, larger(8, kProductVecs * kLanes<double>));
     const int64_t square = rows * stride;
     g = shared.add<double>(square);
     t = shared.add<double>(square);
@@ -236,71 +205,74 @@ struct Factor {
     double* const out = own.get<double>(task, slice_out);
     const Slices range = slices_of(task);
     for (int64_t d0 = range.begin; d0 < range.end; d0 += kSlice) {
-      int64_t stride_in;
-      const double* in = slice_of(own.get<double>(task, slice_v), columns.rows, R, D, d0, stride_in);
-      combine(out, true, matrix(first), stride, in, stride_in, R);
+      double* const in = own.get<double>(task, slice_v);
+      take_slice(in, columns.rows, R, D, d0);
+      product(out, kSlice, true, matrix(first), stride, in, kSlice, round_up(R, kPadRows), R, kSlice);
       for (int64_t r = 0; r < R; ++r)
         for (int64_t d = 0; d < smaller(kSlice, D - d0); ++d)
           static_cast<C*>(fwd->v_ptr)[r * D + d0 + d] = static_cast<C>(out[r * kSlice + d]);
     }
   }
 
-  // du of a slice from its gradient with respect to ûᵀ (R, kSlice); `scaled` is as large, and may be the same.
-  template <class A>
-  void write_du(C* scaled, const A* dhat, int64_t d0) const {
+  // du of a slice from (R, kSlice).
+  void write_du(const C* rows, int64_t d0) const {
     constexpr int64_t kLane = kLanes<C>;
     const int64_t R = columns.R, count = smaller(kSlice, columns.D - d0);
-    for (int64_t r = 0; r < R; ++r) {
-      const PowerOfTwo<A> power(-columns.exponent[r]);
-      for (int64_t d = 0; d < kSlice; ++d)
-        scaled[r * kSlice + d] = columns.nonzero[r] ? static_cast<C>(power.times(dhat[r * kSlice + d])) : 0;
-    }
     T* const du = static_cast<T*>(bwd->du_ptr) + d0 * R;
     for (int64_t d = 0; d < count; d += kLane)
-      store_columns(du + d * R, scaled + d, kSlice, R, smaller(kLane, count - d));
+      store_columns(du + d * R, rows + d, kSlice, R, smaller(kLane, count - d));
+  }
+
+  // Rows r and r + 1 of dhat on a slice, to be rows of duᵀ.
+  void finish_pair(C* a, int64_t r) const {
+    const bool second = r + 1 < columns.R, both = second && columns.has_both(r / 2);
+    const PowerOfTwo<C> phi(second ? -columns.log_phi[r / 2] : 0);
+    C* const b = a + kSlice;
+    for (int64_t d = 0; d < kSlice; d += kLanes<C>) {
+      Vec<C> first = load(a + d);
+      if (second) {
+        const Vec<C> difference = phi.times(load(b + d));
+        store(b + d, columns.scaled(r + 1, difference));
+        if (both) first -= difference;
+      }
+      store(a + d, columns.scaled(r, first));
+    }
   }
 
   // du of a range of D: with dhat = dv + (dg + dgᵀ) v, the second row of a pair is dhat / φ, and the first loses that.
   void gradient_rows(int task) const {
     const int64_t D = columns.D, R = columns.R;
+    C* const v = own.get<C>(task, slice_v);
     C* const out = own.get<C>(task, slice_out);
     const Slices range = slices_of(task);
     for (int64_t d0 = range.begin; d0 < range.end; d0 += kSlice) {
-      int64_t stride_v, stride_dv;
-      const C* v = slice_of(own.get<C>(task, slice_v), static_cast<const C*>(bwd->v_ptr), R, D, d0, stride_v);
-      const C* dv = slice_of(own.get<C>(task, slice_dv), static_cast<const C*>(bwd->dv_ptr), R, D, d0, stride_dv);
-      combine(out, true, shared.get<C>(0, narrow), stride, v, stride_v, R);
-      for (int64_t r = 0; r < R; ++r)
-        for (int64_t d = 0; d < kSlice; ++d) out[r * kSlice + d] += dv[r * stride_dv + d];
-      for (int64_t pair = 0; pair < R / 2; ++pair) {
-        C *a = out + 2 * pair * kSlice, *b = a + kSlice;
-        const PowerOfTwo<C> power(-columns.log_phi[pair]);
-        const C share = columns.has_both(pair) ? 1 : 0;
-        for (int64_t d = 0; d < kSlice; ++d) {
-          b[d] = power.times(b[d]);
-          a[d] -= share * b[d];
-        }
-      }
-      write_du(out, out, d0);
+      take_slice(v, static_cast<const C*>(bwd->v_ptr), R, D, d0);
+      take_slice(out, static_cast<const C*>(bwd->dv_ptr), R, D, d0);
+      product(out, kSlice, false, shared.get<C>(0, narrow), stride, v, kSlice, round_up(R, kPadRows), R, kSlice);
+      for (int64_t r = 0; r < R; r += 2) finish_pair(out + r * kSlice, r);
+      write_du(out, d0);
     }
   }
 
   // The same with Gram-Schmidt, in float64: dhat = l⁻ᵀ (dv - (k + tril(k, -1)ᵀ) v).
   void orthonormal_gradient_rows(int task) const {
     const int64_t D = columns.D, R = columns.R;
+    double* const v = own.get<double>(task, slice_v);
     double* const sum = own.get<double>(task, slice_dv);
     double* const out = own.get<double>(task, slice_out);
     const Slices range = slices_of(task);
     for (int64_t d0 = range.begin; d0 < range.end; d0 += kSlice) {
-      int64_t stride_in;
-      double* const buffer = own.get<double>(task, slice_v);
-      const double* v = slice_of(buffer, static_cast<const C*>(bwd->v_ptr), R, D, d0, stride_in);
-      combine(sum, true, matrix(second), stride, v, stride_in, R);
-      const double* dv = slice_of(buffer, static_cast<const C*>(bwd->dv_ptr), R, D, d0, stride_in);
-      for (int64_t r = 0; r < R; ++r)
-        for (int64_t d = 0; d < kSlice; ++d) sum[r * kSlice + d] += dv[r * stride_in + d];
-      combine(out, true, matrix(third), stride, sum, kSlice, R);
-      write_du(own.get<C>(task, slice_v), out, d0);
+      take_slice(v, static_cast<const C*>(bwd->v_ptr), R, D, d0);
+      take_slice(sum, static_cast<const C*>(bwd->dv_ptr), R, D, d0);
+      product(sum, kSlice, false, matrix(second), stride, v, kSlice, round_up(R, kPadRows), R, kSlice);
+      product(out, kSlice, true, matrix(third), stride, sum, kSlice, round_up(R, kPadRows), R, kSlice);
+      C* const scaled = own.get<C>(task, slice_v);
+      for (int64_t r = 0; r < R; ++r) {
+        const PowerOfTwo<double> power(-columns.exponent[r]);
+        for (int64_t d = 0; d < kSlice; ++d)
+          scaled[r * kSlice + d] = columns.nonzero[r] ? static_cast<C>(power.times(out[r * kSlice + d])) : 0;
+      }
+      write_du(scaled, d0);
     }
   }
 
@@ -394,8 +366,8 @@ struct Factor {
         a[i * stride + j] = static_cast<double>(dt_in[i * R + j]);
         t_flipped[j * stride + i] = static_cast<double>(t_in[i * R + j]);
       }
-    small_product(c, t_flipped, a, R, R, stride);
-    small_product(a, c, t_flipped, R, R, stride);
+    product(c, stride, true, t_flipped, stride, a, stride, R, R, stride);
+    product(a, stride, true, c, stride, t_flipped, stride, R, R, stride);
     for (int64_t i = 0; i < R; ++i)
       for (int64_t j = i; j < R; ++j) b[i * stride + j] = b[j * stride + i] = -a[i * stride + j];
     for (int64_t pair = 0; pair < R / 2; ++pair) {

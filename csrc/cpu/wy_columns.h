@@ -205,7 +205,17 @@ void load_columns(C* columns, const T* u) {
 template <class T, class C = Accumulator<T>>
 void load_columns(C* columns, const T* u, int64_t R, int64_t count) {
   constexpr int kLane = kLanes<C>;
-  if (count == kLane) switch (R) {
+  int64_t first = 0;
+  if (count == kLane)
+    for (; first + kLane <= R; first += kLane) {  // one row of u is one vector
+      Vec<C> vectors[kLane];
+      HRA_UNROLL
+      for (int l = 0; l < kLane; ++l) vectors[l] = load(u + l * R + first);
+      to_columns<C, kLane>(vectors);
+      HRA_UNROLL
+      for (int r = 0; r < kLane; ++r) store(columns + (first + r) * kLane, vectors[r]);
+    }
+  if (count == kLane && R < kLane) switch (R) {
       case 1:
         return load_columns<T, 1>(columns, u);
       case 2:
@@ -214,12 +224,10 @@ void load_columns(C* columns, const T* u, int64_t R, int64_t count) {
         return load_columns<T, 4>(columns, u);
       case 8:
         return load_columns<T, 8>(columns, u);
-      case 16:
-        return load_columns<T, 16>(columns, u);
       default:
         break;
     }
-  for (int64_t r = 0; r < R; ++r) {
+  for (int64_t r = first; r < R; ++r) {
     T column[kLane] = {};
     for (int64_t l = 0; l < count; ++l) column[l] = u[l * R + r];
     store(columns + r * kLane, load(column));
@@ -237,7 +245,17 @@ void store_columns(T* du, const C* columns, int64_t stride) {
 template <class T, class C = Accumulator<T>>
 void store_columns(T* du, const C* columns, int64_t stride, int64_t R, int64_t count) {
   constexpr int kLane = kLanes<C>;
-  if (count == kLane) switch (R) {
+  int64_t first = 0;
+  if (count == kLane)
+    for (; first + kLane <= R; first += kLane) {
+      Vec<C> vectors[kLane];
+      HRA_UNROLL
+      for (int r = 0; r < kLane; ++r) vectors[r] = load(columns + (first + r) * stride);
+      to_rows<C, kLane>(vectors);
+      HRA_UNROLL
+      for (int l = 0; l < kLane; ++l) store(du + l * R + first, vectors[l]);
+    }
+  if (count == kLane && R < kLane) switch (R) {
       case 1:
         return store_columns<T, 1>(du, columns, stride);
       case 2:
@@ -246,12 +264,10 @@ void store_columns(T* du, const C* columns, int64_t stride, int64_t R, int64_t c
         return store_columns<T, 4>(du, columns, stride);
       case 8:
         return store_columns<T, 8>(du, columns, stride);
-      case 16:
-        return store_columns<T, 16>(du, columns, stride);
       default:
         break;
     }
-  for (int64_t r = 0; r < R; ++r) {
+  for (int64_t r = first; r < R; ++r) {
     T column[kLane];
     store(column, load(columns + r * stride));
     for (int64_t l = 0; l < count; ++l) du[l * R + r] = column[l];
@@ -271,6 +287,10 @@ struct Columns {
   C power[kMaxRank][2];  // 2^-exponent as PowerOfTwo has it; zero for what counts as zero
   int log_phi[kMaxRank / 2];
 
+  template <class V>
+  V scaled(int64_t r, V value) const {
+    return value * power[r][0] * power[r][1];
+  }
   bool has_both(int64_t pair) const { return nonzero[2 * pair] && nonzero[2 * pair + 1]; }
 
   void find_exponents() {
@@ -291,7 +311,7 @@ struct Columns {
       load_columns(columns, u + d * R, R, count);
       Vec<C> before{};
       for (int64_t r = 0; r < R; ++r) {
-        Vec<C> row = load(columns + r * kLane) * power[r][0] * power[r][1];
+        Vec<C> row = scaled(r, load(columns + r * kLane));
         const Vec<C> here = row;
         if (in_pairs && r % 2 == 1 && has_both(r / 2)) row -= before;
         before = here;
@@ -340,7 +360,7 @@ struct Columns {
     power[r][0] = found.nonzero ? scale.first : 0;
     power[r][1] = scale.second;
   }
-  C entry(int64_t d, int64_t r) const { return load_first(u + d * R + r, 1)[0] * power[r][0] * power[r][1]; }
+  C entry(int64_t d, int64_t r) const { return scaled<C>(r, load_first(u + d * R + r, 1)[0]); }
 };
 
 }  // namespace
