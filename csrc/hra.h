@@ -4,9 +4,9 @@
 //   reflect     x (M, D), v, t      ->  y = x - (x vᵀ) m v,  m = transpose ? tᵀ : t
 //   weight_side_bwd   the gradients of v and t when W Q stands in for W in y = x Wᵀ, from x and its gradient dx
 //
-// hra_kernels/reference.py is the specification of each, line by line. Strides count elements. `v`, `t`, `p`, `dv` and
-// `dt` are contiguous, float64 when `dtype` is float64 and float32 otherwise. Rows of x, y and their gradients are
-// contiguous along D and may be apart by any stride along M. Pointers are checked by the bindings, not here.
+// hra_kernels/reference.py is the specification of each, line by line. Strides count elements. `u`, `v`, `t`, `p`,
+// `dv` and `dt` are contiguous, float64 when `dtype` is float64 and float32 otherwise. Rows of x, y and their gradients
+// are contiguous along D and may be apart by any stride along M. Pointers are checked by the bindings, not here.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,6 @@ struct WyFactorFwdParams {
   void* t_ptr;        // (R, R)
   const void* u_ptr;  // (D, R)
   int64_t D, R;
-  int64_t stride_ud, stride_ur;
   DType dtype;  // of u
   bool apply_gs;
 };
@@ -74,7 +73,6 @@ struct WyFactorBwdParams {
   const void* v_ptr;   // (R, D)
   const void* t_ptr;   // (R, R)
   int64_t D, R;
-  int64_t stride_ud, stride_ur;
   DType dtype;  // of u and du
   bool apply_gs;
 };

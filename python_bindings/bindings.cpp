@@ -152,21 +152,17 @@ void weight_side_bwd(uintptr_t dv, uintptr_t dt, uintptr_t dx, uintptr_t x, uint
   hra::cpu::weight_side_bwd(params, num_threads);
 }
 
-void wy_factor_fwd(uintptr_t v, uintptr_t t, uintptr_t u, int64_t D, int64_t R, int64_t stride_ud, int64_t stride_ur,
-                   int dtype, bool apply_gs, int num_threads) {
+void wy_factor_fwd(uintptr_t v, uintptr_t t, uintptr_t u, int64_t D, int64_t R, int dtype, bool apply_gs,
+                   int num_threads) {
   const Call call("wy_factor_fwd", dtype, num_threads);
   call.size("D", D);
   call.rank(R);
-  call.input_stride("stride_ud", stride_ud);
-  call.input_stride("stride_ur", stride_ur);
   hra::WyFactorFwdParams params{};
   params.v_ptr = call.factor("v", v, R * D);
   params.t_ptr = call.factor("t", t, R * R);
   params.u_ptr = call.activation("u", u, R * D);
   params.D = D;
   params.R = R;
-  params.stride_ud = stride_ud;
-  params.stride_ur = stride_ur;
   params.dtype = call.dtype();
   params.apply_gs = apply_gs;
   const py::gil_scoped_release release;
@@ -174,12 +170,10 @@ void wy_factor_fwd(uintptr_t v, uintptr_t t, uintptr_t u, int64_t D, int64_t R, 
 }
 
 void wy_factor_bwd(uintptr_t du, uintptr_t dv, uintptr_t dt, uintptr_t u, uintptr_t v, uintptr_t t, int64_t D,
-                   int64_t R, int64_t stride_ud, int64_t stride_ur, int dtype, bool apply_gs, int num_threads) {
+                   int64_t R, int dtype, bool apply_gs, int num_threads) {
   const Call call("wy_factor_bwd", dtype, num_threads);
   call.size("D", D);
   call.rank(R);
-  call.input_stride("stride_ud", stride_ud);
-  call.input_stride("stride_ur", stride_ur);
   hra::WyFactorBwdParams params{};
   params.du_ptr = call.activation("du", du, R * D);
   params.dv_ptr = call.factor("dv", dv, R * D);
@@ -189,8 +183,6 @@ void wy_factor_bwd(uintptr_t du, uintptr_t dv, uintptr_t dt, uintptr_t u, uintpt
   params.t_ptr = call.factor("t", t, R * R);
   params.D = D;
   params.R = R;
-  params.stride_ud = stride_ud;
-  params.stride_ur = stride_ur;
   params.dtype = call.dtype();
   params.apply_gs = apply_gs;
   const py::gil_scoped_release release;
@@ -199,8 +191,8 @@ void wy_factor_bwd(uintptr_t du, uintptr_t dv, uintptr_t dt, uintptr_t u, uintpt
 
 // reflect_bwd, then wy_factor_bwd of the dv and dt that it gives.
 void chain_bwd(uintptr_t dx, uintptr_t du, uintptr_t dy, uintptr_t x, uintptr_t u, uintptr_t v, uintptr_t t,
-               uintptr_t p, int64_t M, int64_t D, int64_t R, int64_t stride_dym, int64_t stride_xm, int64_t stride_ud,
-               int64_t stride_ur, int dtype, int dtype_u, bool transpose, bool apply_gs, int num_threads) {
+               uintptr_t p, int64_t M, int64_t D, int64_t R, int64_t stride_dym, int64_t stride_xm, int dtype,
+               int dtype_u, bool transpose, bool apply_gs, int num_threads) {
   const Call call("chain_bwd", dtype, num_threads), call_u("chain_bwd", dtype_u, num_threads);
   if ((call.dtype() == DType::kFloat64) != (call_u.dtype() == DType::kFloat64))
     fail("chain_bwd", "dtype_u", "float64 where dtype is, and only there", std::to_string(dtype_u));
@@ -210,7 +202,7 @@ void chain_bwd(uintptr_t dx, uintptr_t du, uintptr_t dy, uintptr_t x, uintptr_t 
   const std::unique_ptr<char[]> memory(new char[static_cast<size_t>((R * D + R * R) * element)]);
   const auto dv = reinterpret_cast<uintptr_t>(memory.get()), dt = dv + static_cast<uintptr_t>(R * D * element);
   reflect_bwd(dx, dv, dt, dy, x, v, t, p, M, D, R, D, stride_dym, stride_xm, dtype, transpose, num_threads);
-  wy_factor_bwd(du, dv, dt, u, v, t, D, R, stride_ud, stride_ur, dtype_u, apply_gs, num_threads);
+  wy_factor_bwd(du, dv, dt, u, v, t, D, R, dtype_u, apply_gs, num_threads);
 }
 
 py::tuple isas() {
@@ -239,13 +231,11 @@ PYBIND11_MODULE(_native, m) {
         "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "num_threads"_a);
   m.def("weight_side_bwd", &weight_side_bwd, "dv"_a, "dt"_a, "dx"_a, "x"_a, "v"_a, "t"_a, "M"_a, "D"_a, "R"_a,
         "stride_dxm"_a, "stride_xm"_a, "dtype"_a, "num_threads"_a);
-  m.def("wy_factor_fwd", &wy_factor_fwd, "v"_a, "t"_a, "u"_a, "D"_a, "R"_a, "stride_ud"_a, "stride_ur"_a, "dtype"_a,
+  m.def("wy_factor_fwd", &wy_factor_fwd, "v"_a, "t"_a, "u"_a, "D"_a, "R"_a, "dtype"_a, "apply_gs"_a, "num_threads"_a);
+  m.def("wy_factor_bwd", &wy_factor_bwd, "du"_a, "dv"_a, "dt"_a, "u"_a, "v"_a, "t"_a, "D"_a, "R"_a, "dtype"_a,
         "apply_gs"_a, "num_threads"_a);
-  m.def("wy_factor_bwd", &wy_factor_bwd, "du"_a, "dv"_a, "dt"_a, "u"_a, "v"_a, "t"_a, "D"_a, "R"_a, "stride_ud"_a,
-        "stride_ur"_a, "dtype"_a, "apply_gs"_a, "num_threads"_a);
   m.def("chain_bwd", &chain_bwd, "dx"_a, "du"_a, "dy"_a, "x"_a, "u"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,
-        "stride_dym"_a, "stride_xm"_a, "stride_ud"_a, "stride_ur"_a, "dtype"_a, "dtype_u"_a, "transpose"_a,
-        "apply_gs"_a, "num_threads"_a);
+        "stride_dym"_a, "stride_xm"_a, "dtype"_a, "dtype_u"_a, "transpose"_a, "apply_gs"_a, "num_threads"_a);
   m.def("isa", &hra::cpu::isa);
   m.def("isas", &isas);
   m.def("set_isa", &set_isa, "name"_a);

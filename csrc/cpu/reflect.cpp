@@ -55,7 +55,7 @@ struct Forward {
         for (int64_t i = 0; i < rows; ++i)
           std::memcpy(static_cast<C*>(params.p_ptr) + (m0 + i) * R, p_block + i * stride_s,
                       static_cast<size_t>(R) * sizeof(C));
-      small_product(s_block, p_block, minus_m, rows, R, stride_s);
+      product(s_block, stride_s, true, p_block, stride_s, minus_m, stride_s, rows, R, stride_s);
       for (int64_t first = 0; first < block.v.vecs(); first += kChunkVecs)
         apply(y, params.stride_ym, x, params.stride_xm, s_block, block, rows, first,
               smaller(block.v.vecs(), first + kChunkVecs), static_cast<const T*>(nullptr), 0);
@@ -121,12 +121,12 @@ struct Backward {
       const T* x = wants_dv ? static_cast<const T*>(params.x_ptr) + m0 * params.stride_xm : nullptr;
       T* dx = wants_dx ? static_cast<T*>(params.dx_ptr) + m0 * params.stride_dxm : nullptr;
       dots(q_block, block, dy, params.stride_dym, rows);
-      small_product(b_block, q_block, minus_m_flipped, rows, R, stride_s);
+      product(b_block, stride_s, true, q_block, stride_s, minus_m_flipped, stride_s, rows, R, stride_s);
       if (wants_dv || wants_dt) {
         const C* from = static_cast<const C*>(params.p_ptr) + m0 * R;
         for (int64_t i = 0; i < rows; ++i)
           std::memcpy(p_block + i * stride_s, from + i * R, static_cast<size_t>(R) * sizeof(C));
-        small_product(a_block, p_block, minus_m, rows, R, stride_s);
+        product(a_block, stride_s, true, p_block, stride_s, minus_m, stride_s, rows, R, stride_s);
       }
       if (wants_dt) {
         const int64_t vecs = stride_s / kLanes<C>;

@@ -20,6 +20,13 @@ constexpr int kDotRows = 3;
 constexpr int kApplyRows = 6;
 constexpr int kApplyVecs = kManyRegisters ? 4 : 2;
 constexpr int kOuterVecs = 3;
+constexpr int kProductRows = 4;
+constexpr int kProductVecs = kManyRegisters ? 4 : 2;
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
 
 // The number of rows a tile is compiled for that holds `rows` of them.
 constexpr int64_t tile_rows(int64_t rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : kGroup; }
@@ -202,23 +209,8 @@ HRA_INLINE void outer_tile(C* out, int64_t stride_out, bool fresh, const C* a, c
 // Lane l of the result adds, for the bit K of l, the two lanes l and l ^ K of a (bit clear) or of b (bit set).
 template <class C, int K>
 HRA_INLINE Vec<C> fold(Vec<C> a, Vec<C> b) {
-  typename VecOf<C>::index keep, swap;
-  HRA_UNROLL
-  for (int l = 0; l < kLanes<C>; ++l) {
-    keep[l] = (l & K) ? kLanes<C> + l : l;
-    swap[l] = (l & K) ? kLanes<C> + (l ^ K) : l ^ K;
-  }
-#if defined(__clang__)
-  Vec<C> kept, swapped;
-  HRA_UNROLL
-  for (int l = 0; l < kLanes<C>; ++l) {
-    kept[l] = (l & K) ? b[l] : a[l];
-    swapped[l] = (l & K) ? b[l ^ K] : a[l ^ K];
-  }
-  return kept + swapped;
-#else
-  return __builtin_shuffle(a, b, keep) + __builtin_shuffle(a, b, swap);
-#endif
+  return pick<C>(a, b, [](int l) { return (l & K) ? kLanes<C> + l : l; }) +
+         pick<C>(a, b, [](int l) { return (l & K) ? kLanes<C> + (l ^ K) : l ^ K; });
 }
 
 // sums[r] of the lanes of G vectors. With G lanes or twice as many, a tree of log2(lanes) folds does all G at once.
@@ -252,21 +244,53 @@ HRA_INLINE void sum_lanes(C* sums, const Vec<C>* vectors) {
   }
 }
 
-// out (rows, stride) = in (rows, R) times m (R, stride), whose columns beyond R are zero.
-template <class C>
-HRA_INLINE void small_product(C* out, const C* in, const C* m, int64_t rows, int64_t R, int64_t stride) {
+template <class C, int ROWS, int VECS>
+HRA_INLINE void product_tile(C* out, int64_t stride_out, bool fresh, const C* a, int64_t stride_a, const C* b,
+                             int64_t stride_b, int64_t inner) {
   constexpr int kLane = kLanes<C>;
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < stride; j += kLane) {
-      Vec<C> even{}, odd{};
-      int64_t r = 0;
-      for (; r + 1 < R; r += 2) {
-        even += broadcast(in[i * stride + r]) * load(m + r * stride + j);
-        odd += broadcast(in[i * stride + r + 1]) * load(m + (r + 1) * stride + j);
-      }
-      if (r < R) even += broadcast(in[i * stride + r]) * load(m + r * stride + j);
-      store(out + i * stride + j, even + odd);
+  Vec<C> acc[ROWS][VECS];
+  HRA_UNROLL
+  for (int m = 0; m < ROWS; ++m) {
+    HRA_UNROLL
+    for (int k = 0; k < VECS; ++k) acc[m][k] = fresh ? Vec<C>{} : load(out + m * stride_out + k * kLane);
+  }
+  for (int64_t j = 0; j < inner; ++j, b += stride_b) {
+    Vec<C> row[VECS];
+    HRA_UNROLL
+    for (int k = 0; k < VECS; ++k) row[k] = load(b + k * kLane);
+    HRA_UNROLL
+    for (int m = 0; m < ROWS; ++m) {
+      const Vec<C> factor = in_register(broadcast(a[m * stride_a + j]));
+      HRA_UNROLL
+      for (int k = 0; k < VECS; ++k) acc[m][k] += factor * row[k];
     }
+  }
+  HRA_UNROLL
+  for (int m = 0; m < ROWS; ++m) {
+    HRA_UNROLL
+    for (int k = 0; k < VECS; ++k) store(out + m * stride_out + k * kLane, acc[m][k]);
+  }
+}
+
+// out (rows, columns) = a (rows, inner) times b (inner, columns), added to what is there unless `fresh`; columns are
+// whole vectors. The product of small matrices, whose b stays in cache: a row's sums do not depend on the other rows.
+template <class C>
+void product(C* out, int64_t stride_out, bool fresh, const C* a, int64_t stride_a, const C* b, int64_t stride_b,
+             int64_t rows, int64_t inner, int64_t columns) {
+  const auto panel = [&](auto vecs, int64_t d) {
+    constexpr int kVecs = decltype(vecs)::value;
+    int64_t m = 0;
+    for (; m + kProductRows <= rows; m += kProductRows)
+      product_tile<C, kProductRows, kVecs>(out + m * stride_out + d, stride_out, fresh, a + m * stride_a, stride_a,
+                                           b + d, stride_b, inner);
+    for (; m < rows; ++m)
+      product_tile<C, 1, kVecs>(out + m * stride_out + d, stride_out, fresh, a + m * stride_a, stride_a, b + d,
+                                stride_b, inner);
+  };
+  constexpr int kLane = kLanes<C>;
+  int64_t d = 0;
+  for (; d + kProductVecs * kLane <= columns; d += kProductVecs * kLane) panel(Count<kProductVecs>{}, d);
+  for (; d < columns; d += kLane) panel(Count<1>{}, d);
 }
 
 }  // namespace hra::cpu::HRA_ISA

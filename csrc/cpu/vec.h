@@ -218,6 +218,22 @@ HRA_INLINE void store_two(BFloat16* to, Vec<float> first, Vec<float> second) {
 }
 #endif
 
+// Lane l of the result is lane index(l) of a and b side by side.
+template <class C, class Index>
+HRA_INLINE Vec<C> pick(Vec<C> a, Vec<C> b, Index index) {
+#if defined(__clang__)
+  Vec<C> picked;
+  HRA_UNROLL
+  for (int l = 0; l < kLanes<C>; ++l) picked[l] = index(l) < kLanes<C> ? a[index(l)] : b[index(l) - kLanes<C>];
+  return picked;
+#else
+  typename VecOf<C>::index from;
+  HRA_UNROLL
+  for (int l = 0; l < kLanes<C>; ++l) from[l] = index(l);
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // The first `count` elements; the other lanes are zero.
 template <class T>
 HRA_INLINE Vec<Accumulator<T>> load_first(const T* from, int count) {

@@ -106,7 +106,7 @@ struct WeightSide {
     C* const c_flipped = local.get<C>(0, at[2]);
     C* const g = local.get<C>(0, at[3]);
     C* const gt = local.get<C>(0, at[4]);
-    C* const product = local.get<C>(0, at[5]);
+    C* const scratch = local.get<C>(0, at[5]);
     C* const sum = own.get<C>(0, c);
     for (int task = 1; task < tasks; ++task)
       for (int64_t i = 0; i < square; ++i) sum[i] += own.get<C>(task, c)[i];
@@ -116,17 +116,18 @@ struct WeightSide {
     const C* v = static_cast<const C*>(params.v_ptr);
     for (int64_t r = 0; r < R; r += kMaxBlockRows)
       dots(g + r * stride_s, block, v + r * params.D, params.D, smaller(kMaxBlockRows, R - r));
-    small_product(gt, g, t, R, R, stride_s);
-    small_product(product, gt, c_flipped, R, R, stride_s);
+    product(gt, stride_s, true, g, stride_s, t, stride_s, R, R, stride_s);
+    product(scratch, stride_s, true, gt, stride_s, c_flipped, stride_s, R, R, stride_s);
     C* const dt = static_cast<C*>(params.dt_ptr);
     for (int64_t i = 0; i < R; ++i)
-      for (int64_t j = 0; j < R; ++j) dt[i * R + j] = product[i * stride_s + j] - c_flipped[i * stride_s + j];
+      for (int64_t j = 0; j < R; ++j) dt[i * R + j] = scratch[i * stride_s + j] - c_flipped[i * stride_s + j];
     for (int64_t i = 0; i < square; ++i) shared.get<C>(0, from_e)[i] = -t_flipped[i];
     padded(g, gt, stride_s, R, stride_s, true);
-    small_product(shared.get<C>(0, from_f), g, t, R, R, stride_s);  // -kᵀ t
+    product(shared.get<C>(0, from_f), stride_s, true, g, stride_s, t, stride_s, R, R, stride_s);  // -kᵀ t
     for (int64_t i = 0; i < square; ++i) shared.get<C>(0, from_f)[i] -= t[i];
-    small_product(product, t, c_flipped, R, R, stride_s);
-    small_product(shared.get<C>(0, from_v), product, t_flipped, R, R, stride_s);  // t cᵀ tᵀ
+    product(scratch, stride_s, true, t, stride_s, c_flipped, stride_s, R, R, stride_s);
+    product(shared.get<C>(0, from_v), stride_s, true, scratch, stride_s, t_flipped, stride_s, R, R,
+            stride_s);  // t cᵀ tᵀ
   }
 
   // dv of a slice of D; E and F are summed over the tasks in their order.

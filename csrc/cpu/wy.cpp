@@ -17,79 +17,66 @@ namespace {
 constexpr double kGsRtol = 0x1p-13;            // reference.GS_RTOL
 constexpr int kSide = kManyRegisters ? 4 : 3;  // of a tile of accumulators of the Gram matrix
 constexpr int64_t kSlice = 64;                 // columns of D that the backward works on at a time
+constexpr int64_t kPadRows = kProductRows;
 constexpr int64_t kParallelWork = 500 * 1000;  // as in reflect.cpp
 
-// g (R, stride) = a bᵀ in float64 for rows [begin, end) of tiles; `symmetric` leaves out what is left of the diagonal.
-template <class C>
-void gram_rows(double* g, int64_t stride, const C* a, const C* b, int64_t R, int64_t D, int64_t i0, bool symmetric) {
+// The tile (i0, j0) of g (R, stride) = a bᵀ in float64; with kDiagonal, i0 = j0 and a = b, half of it is computed.
+template <bool kDiagonal, class C>
+HRA_INLINE void gram_tile(double* g, int64_t stride, const C* a, const C* b, int64_t R, int64_t D, int64_t i0,
+                          int64_t j0) {
   constexpr int kLane = kLanes<double>;
   const C *row_a[kSide], *row_b[kSide];
   for (int i = 0; i < kSide; ++i) row_a[i] = a + smaller(i0 + i, R - 1) * D;
-  for (int64_t j0 = symmetric ? i0 : 0; j0 < R; j0 += kSide) {
-    for (int j = 0; j < kSide; ++j) row_b[j] = b + smaller(j0 + j, R - 1) * D;
-    Vec<double> acc[kSide][kSide] = {};
-    for (int64_t d = 0; d < D; d += kLane) {
-      const int64_t count = smaller(kLane, D - d);
-      const auto take = [&](const C* row) { return count == kLane ? load_wide(row) : load_wide_first(row, count); };
-      Vec<double> from_b[kSide];
-      HRA_UNROLL
-      for (int j = 0; j < kSide; ++j) from_b[j] = take(row_b[j] + d);
-      HRA_UNROLL
-      for (int i = 0; i < kSide; ++i) {
-        const Vec<double> from_a = take(row_a[i] + d);
-        HRA_UNROLL
-        for (int j = 0; j < kSide; ++j) acc[i][j] += from_a * from_b[j];
-      }
-    }
+  for (int j = 0; j < kSide; ++j) row_b[j] = b + smaller(j0 + j, R - 1) * D;
+  Vec<double> acc[kSide][kSide] = {};
+  const auto add = [&](auto take) {
+    Vec<double> from_b[kSide];
+    HRA_UNROLL
+    for (int j = 0; j < kSide; ++j) from_b[j] = take(row_b[j]);
     HRA_UNROLL
     for (int i = 0; i < kSide; ++i) {
+      const Vec<double> from_a = kDiagonal ? from_b[i] : take(row_a[i]);
       HRA_UNROLL
-      for (int j = 0; j < kSide; ++j) {
-        if (i0 + i >= R || j0 + j >= R) continue;
-        const double total = sum(acc[i][j]);
-        g[(i0 + i) * stride + j0 + j] = total;
-        if (symmetric) g[(j0 + j) * stride + i0 + i] = total;
-      }
+      for (int j = kDiagonal ? i : 0; j < kSide; ++j) acc[i][j] += from_a * from_b[j];
+    }
+  };
+  int64_t d = 0;
+  for (; d + kLane <= D; d += kLane) add([d](const C* row) { return load_wide(row + d); });
+  if (d < D) add([d, D](const C* row) { return load_wide_first(row + d, D - d); });
+  HRA_UNROLL
+  for (int i = 0; i < kSide; ++i) {
+    HRA_UNROLL
+    for (int j = kDiagonal ? i : 0; j < kSide; ++j) {
+      if (i0 + i >= R || j0 + j >= R) continue;
+      g[(i0 + i) * stride + j0 + j] = sum(acc[i][j]);
     }
   }
 }
 
-// out (rows, kSlice) += coefficients (rows, R) times in (R, kSlice).
-HRA_INLINE void combine(double* out, const double* coefficients, int64_t stride, const double* in, int64_t rows,
-                        int64_t R) {
-  constexpr int kLane = kLanes<double>;
-  constexpr int kRows = kManyRegisters ? 4 : 2;
-  for (int64_t i = 0; i < rows; i += kRows)
-    for (int64_t d = 0; d < kSlice; d += 2 * kLane) {
-      Vec<double> acc[kRows][2];
-      HRA_UNROLL
-      for (int k = 0; k < kRows; ++k) {
-        acc[k][0] = load(out + (i + k) * kSlice + d);
-        acc[k][1] = load(out + (i + k) * kSlice + d + kLane);
-      }
-      for (int64_t j = 0; j < R; ++j) {
-        const Vec<double> first = load(in + j * kSlice + d), second = load(in + j * kSlice + d + kLane);
-        HRA_UNROLL
-        for (int k = 0; k < kRows; ++k) {
-          const Vec<double> factor = broadcast(coefficients[(i + k) * stride + j]);
-          acc[k][0] += factor * first;
-          acc[k][1] += factor * second;
-        }
-      }
-      HRA_UNROLL
-      for (int k = 0; k < kRows; ++k) {
-        store(out + (i + k) * kSlice + d, acc[k][0]);
-        store(out + (i + k) * kSlice + d + kLane, acc[k][1]);
-      }
-    }
+// The tiles of g = a bᵀ in the rows from i0 on; where a is b, those from the diagonal on and their mirror image.
+template <class C>
+void gram_rows(double* g, int64_t stride, const C* a, const C* b, int64_t R, int64_t D, int64_t i0) {
+  if (a == b) gram_tile<true>(g, stride, a, b, R, D, i0, i0);
+  for (int64_t j0 = a == b ? i0 + kSide : 0; j0 < R; j0 += kSide) gram_tile<false>(g, stride, a, b, R, D, i0, j0);
+  if (a != b) return;
+  for (int64_t i = i0; i < smaller(i0 + kSide, R); ++i)
+    for (int64_t j = i + 1; j < R; ++j) g[j * stride + i] = g[i * stride + j];
 }
 
-// (R, kSlice) of a (R, D) array from column d0 on, in float64, zero beyond D.
-template <class C>
-void take_slice(double* to, const C* from, int64_t R, int64_t D, int64_t d0) {
+// to (R, kSlice) = the columns [d0, d0 + kSlice) of a (R, D) array, zero beyond D. Rows a power of two apart would
+// compete for the same few cache lines of L1.
+template <class A, class C>
+void take_slice(A* to, const C* from, int64_t R, int64_t D, int64_t d0) {
   const int64_t count = smaller(kSlice, D - d0);
-  for (int64_t r = 0; r < R; ++r)
-    for (int64_t d = 0; d < kSlice; ++d) to[r * kSlice + d] = d < count ? static_cast<double>(from[r * D + d0 + d]) : 0;
+  for (int64_t r = 0; r < R; ++r, to += kSlice) {
+    const C* row = from + r * D + d0;
+    if (count == kSlice) {
+      for (int64_t d = 0; d < kSlice; ++d) to[d] = static_cast<A>(row[d]);
+      continue;
+    }
+    for (int64_t d = 0; d < count; ++d) to[d] = static_cast<A>(row[d]);
+    for (int64_t d = count; d < kSlice; ++d) to[d] = 0;
+  }
 }
 
 HRA_INLINE double dot(const double* a, const double* b, int64_t count) {
@@ -157,7 +144,6 @@ void gram_schmidt(double* inverse, bool* kept, const double* g, int64_t R, int64
 template <class T>
 struct Factor {
   using C = Accumulator<T>;
-  static constexpr int64_t kPadRows = 4;
 
   Columns<T> columns;
   bool apply_gs;
@@ -165,44 +151,44 @@ struct Factor {
   int64_t stride;  // of every R x R matrix
   bool kept[kMaxRank];
   Scratch shared, own;
-  int64_t g, t, first, second, third, slice_v, slice_dv, slice_out;
+  int64_t g, t, first, second, third, narrow, slice_v, slice_dv, slice_out;
   const WyFactorFwdParams* fwd = nullptr;
   const WyFactorBwdParams* bwd = nullptr;
 
   template <class Params>
   Factor(const Params& params, bool backward, int num_threads) {
-    const int64_t D = params.D, R = params.R;
+    const int64_t D = params.D, R = params.R, rows = round_up(R, kPadRows);
     columns.D = D;
     columns.R = R;
     columns.u = static_cast<const T*>(params.u_ptr);
-    columns.stride_ud = params.stride_ud;
-    columns.stride_ur = params.stride_ur;
     apply_gs = params.apply_gs;
     tasks = static_cast<int>(D * R * R < kParallelWork ? 1 : num_threads);
-    stride = round_up(R, larger(8, kLanes<double>));
-    const int64_t square = round_up(R, kPadRows) * stride;
+    stride = round_up(R, larger(8, kProductVecs * kLanes<double>));
+    const int64_t square = rows * stride;
     g = shared.add<double>(square);
     t = shared.add<double>(square);
     first = shared.add<double>(square);
     second = shared.add<double>(square);
     third = shared.add<double>(square);
-    // the chain's forward writes v in place; else ûᵀ is scratch
-    const int64_t rows = shared.add<C>(backward || apply_gs ? R * D : 0);
+    narrow = shared.add<C>(square);
+    // the chain's forward writes v in place; with Gram-Schmidt ûᵀ is scratch
+    const int64_t hat = shared.add<C>(apply_gs ? R * D : 0);
     shared.allocate(1);
     std::memset(shared.get<double>(0, g), 0, static_cast<size_t>(5 * square) * sizeof(double));
-    columns.rows = shared.get<C>(0, rows);
-    slice_v = own.add<double>(round_up(R, kPadRows) * kSlice);
-    slice_dv = own.add<double>(round_up(R, kPadRows) * kSlice);
-    slice_out = own.add<double>(round_up(R, kPadRows) * kSlice);
+    columns.rows = shared.get<C>(0, hat);
+    if (!backward && !apply_gs) return;
+    slice_v = own.add<double>(rows * kSlice);
+    slice_dv = own.add<double>(rows * kSlice);
+    slice_out = own.add<double>(rows * kSlice);
     own.allocate(tasks);
   }
 
   double* matrix(int64_t offset) const { return shared.get<double>(0, offset); }
 
-  void gram(int task, const C* a, const C* b, bool symmetric) const {
+  void gram(int task, const C* a, const C* b) const {
     // tiles are dealt out one by one: above the diagonal their rows differ in length
     for (int64_t i = task * kSide; i < columns.R; i += tasks * kSide)
-      gram_rows(matrix(g), stride, a, b, columns.R, columns.D, i, symmetric);
+      gram_rows(matrix(g), stride, a, b, columns.R, columns.D, i);
   }
 
   struct Slices {
@@ -216,54 +202,77 @@ struct Factor {
   // v = l⁻¹ ûᵀ
   void orthonormal_rows(int task) const {
     const int64_t D = columns.D, R = columns.R;
-    double* const in = own.get<double>(task, slice_v);
     double* const out = own.get<double>(task, slice_out);
     const Slices range = slices_of(task);
     for (int64_t d0 = range.begin; d0 < range.end; d0 += kSlice) {
+      double* const in = own.get<double>(task, slice_v);
       take_slice(in, columns.rows, R, D, d0);
-      std::memset(out, 0, static_cast<size_t>(round_up(R, kPadRows) * kSlice) * sizeof(double));
-      combine(out, matrix(first), stride, in, R, R);
+      product(out, kSlice, true, matrix(first), stride, in, kSlice, round_up(R, kPadRows), R, kSlice);
       for (int64_t r = 0; r < R; ++r)
         for (int64_t d = 0; d < smaller(kSlice, D - d0); ++d)
           static_cast<C*>(fwd->v_ptr)[r * D + d0 + d] = static_cast<C>(out[r * kSlice + d]);
     }
   }
 
-  // du of a range of D from the R x R matrices that `forward` or `backward` left.
+  // du of a slice from (R, kSlice).
+  void write_du(const C* rows, int64_t d0) const {
+    constexpr int64_t kLane = kLanes<C>;
+    const int64_t R = columns.R, count = smaller(kSlice, columns.D - d0);
+    T* const du = static_cast<T*>(bwd->du_ptr) + d0 * R;
+    for (int64_t d = 0; d < count; d += kLane)
+      store_columns(du + d * R, rows + d, kSlice, R, smaller(kLane, count - d));
+  }
+
+  // Rows r and r + 1 of dhat on a slice, to be rows of duᵀ.
+  void finish_pair(C* a, int64_t r) const {
+    const bool second = r + 1 < columns.R, both = second && columns.has_both(r / 2);
+    const PowerOfTwo<C> phi(second ? -columns.log_phi[r / 2] : 0);
+    C* const b = a + kSlice;
+    for (int64_t d = 0; d < kSlice; d += kLanes<C>) {
+      Vec<C> first = load(a + d);
+      if (second) {
+        const Vec<C> difference = phi.times(load(b + d));
+        store(b + d, columns.scaled(r + 1, difference));
+        if (both) first -= difference;
+      }
+      store(a + d, columns.scaled(r, first));
+    }
+  }
+
+  // du of a range of D: with dhat = dv + (dg + dgᵀ) v, the second row of a pair is dhat / φ, and the first loses that.
   void gradient_rows(int task) const {
     const int64_t D = columns.D, R = columns.R;
-    double* const v = own.get<double>(task, slice_v);
-    double* const out = own.get<double>(task, slice_out);
-    double* const dhat = apply_gs ? own.get<double>(task, slice_dv) : out;
+    C* const v = own.get<C>(task, slice_v);
+    C* const out = own.get<C>(task, slice_out);
     const Slices range = slices_of(task);
     for (int64_t d0 = range.begin; d0 < range.end; d0 += kSlice) {
-      const int64_t count = smaller(kSlice, D - d0);
       take_slice(v, static_cast<const C*>(bwd->v_ptr), R, D, d0);
       take_slice(out, static_cast<const C*>(bwd->dv_ptr), R, D, d0);
-      combine(out, matrix(second), stride, v, R, R);
-      if (apply_gs) {
-        std::memset(dhat, 0, static_cast<size_t>(round_up(R, kPadRows) * kSlice) * sizeof(double));
-        combine(dhat, matrix(third), stride, out, R, R);
-      } else {
-        for (int64_t pair = 0; pair < R / 2; ++pair) {
-          double *a = dhat + 2 * pair * kSlice, *d = a + kSlice;
-          const double scale = __builtin_ldexp(1.0, -columns.log_phi[pair]);
-          const bool both = columns.has_both(pair);
-          for (int64_t k = 0; k < kSlice; ++k) {
-            d[k] *= scale;
-            if (both) a[k] -= d[k];
-          }
-        }
-      }
-      T* du = static_cast<T*>(bwd->du_ptr) + d0 * R;
+      product(out, kSlice, false, shared.get<C>(0, narrow), stride, v, kSlice, round_up(R, kPadRows), R, kSlice);
+      for (int64_t r = 0; r < R; r += 2) finish_pair(out + r * kSlice, r);
+      write_du(out, d0);
+    }
+  }
+
+  // The same with Gram-Schmidt, in float64: dhat = l⁻ᵀ (dv - (k + tril(k, -1)ᵀ) v).
+  void orthonormal_gradient_rows(int task) const {
+    const int64_t D = columns.D, R = columns.R;
+    double* const v = own.get<double>(task, slice_v);
+    double* const sum = own.get<double>(task, slice_dv);
+    double* const out = own.get<double>(task, slice_out);
+    const Slices range = slices_of(task);
+    for (int64_t d0 = range.begin; d0 < range.end; d0 += kSlice) {
+      take_slice(v, static_cast<const C*>(bwd->v_ptr), R, D, d0);
+      take_slice(sum, static_cast<const C*>(bwd->dv_ptr), R, D, d0);
+      product(sum, kSlice, false, matrix(second), stride, v, kSlice, round_up(R, kPadRows), R, kSlice);
+      product(out, kSlice, true, matrix(third), stride, sum, kSlice, round_up(R, kPadRows), R, kSlice);
+      C* const scaled = own.get<C>(task, slice_v);
       for (int64_t r = 0; r < R; ++r) {
-        const double scale = columns.nonzero[r] ? __builtin_ldexp(1.0, -columns.exponent[r]) : 0;
-        C wide[kSlice];
-        T narrow[kSlice];
-        for (int64_t d = 0; d < kSlice; ++d) wide[d] = scale != 0 ? static_cast<C>(dhat[r * kSlice + d] * scale) : 0;
-        for (int64_t d = 0; d < kSlice; d += kLanes<C>) store(narrow + d, load(wide + d));
-        for (int64_t d = 0; d < count; ++d) du[d * R + r] = narrow[d];
+        const PowerOfTwo<double> power(-columns.exponent[r]);
+        for (int64_t d = 0; d < kSlice; ++d)
+          scaled[r * kSlice + d] = columns.nonzero[r] ? static_cast<C>(power.times(out[r * kSlice + d])) : 0;
       }
+      write_du(scaled, d0);
     }
   }
 
@@ -282,14 +291,27 @@ struct Factor {
         &call);
   }
 
+  void make_rows() {
+    run([](Factor& f, int task) {
+      const Slices range = f.slices_of(task);
+      const int64_t lane = kLanes<C>;
+      f.columns.make_rows(range.begin / lane, (range.end + lane - 1) / lane, !f.apply_gs);
+    });
+  }
+
   void forward(const WyFactorFwdParams& params) {
     fwd = &params;
     const int64_t R = columns.R;
-    C* const v = static_cast<C*>(params.v_ptr);
     C* const t_out = static_cast<C*>(params.t_ptr);
-    if (!apply_gs) columns.rows = v;
-    run([](Factor& f, int task) { f.columns.prepare(task, f.tasks, !f.apply_gs); });
-    run([](Factor& f, int task) { f.gram(task, f.columns.rows, f.columns.rows, true); });
+    if (!apply_gs) columns.rows = static_cast<C*>(params.v_ptr);
+    columns.find_exponents();
+    make_rows();
+    if (!apply_gs)
+      run([](Factor& f, int task) {
+        const int64_t pairs = f.columns.R / 2;
+        f.columns.scale_differences(pairs * task / f.tasks, pairs * (task + 1) / f.tasks);
+      });
+    run([](Factor& f, int task) { f.gram(task, f.columns.rows, f.columns.rows); });
     if (apply_gs) {
       gram_schmidt(matrix(first), kept, matrix(g), R, stride);
       run([](Factor& f, int task) { f.orthonormal_rows(task); });
@@ -304,44 +326,59 @@ struct Factor {
 
   void backward(const WyFactorBwdParams& params) {
     bwd = &params;
+    columns.find_exponents();
+    if (apply_gs) {
+      make_rows();
+      orthonormal_coefficients();
+      run([](Factor& f, int task) { f.orthonormal_gradient_rows(task); });
+    } else {
+      columns.find_log_phi(static_cast<const C*>(params.v_ptr));
+      chain_coefficients();
+      run([](Factor& f, int task) { f.gradient_rows(task); });
+    }
+  }
+
+  // second = -(k + tril(k, -1)ᵀ) with k = tril(dv vᵀ), third = l⁻ᵀ
+  void orthonormal_coefficients() {
+    const int64_t R = columns.R;
+    double *const inverse = matrix(first), *const b = matrix(second), *const c = matrix(third);
+    run([](Factor& f, int task) { f.gram(task, f.columns.rows, f.columns.rows); });
+    gram_schmidt(inverse, kept, matrix(g), R, stride);
+    run([](Factor& f, int task) {
+      f.gram(task, static_cast<const C*>(f.bwd->dv_ptr), static_cast<const C*>(f.bwd->v_ptr));
+    });
+    for (int64_t i = 0; i < R; ++i)
+      for (int64_t j = 0; j < R; ++j) {
+        b[i * stride + j] = -matrix(g)[larger(i, j) * stride + smaller(i, j)];
+        c[j * stride + i] = inverse[i * stride + j];
+      }
+  }
+
+  // narrow = dg + dgᵀ from ds = -tᵀ dt tᵀ
+  void chain_coefficients() {
     const int64_t R = columns.R;
     double *const a = matrix(first), *const b = matrix(second), *const c = matrix(third);
-    run([](Factor& f, int task) { f.columns.prepare(task, f.tasks, !f.apply_gs); });
-    if (apply_gs) {
-      run([](Factor& f, int task) { f.gram(task, f.columns.rows, f.columns.rows, true); });
-      gram_schmidt(a, kept, matrix(g), R, stride);
-      run([](Factor& f, int task) {
-        f.gram(task, static_cast<const C*>(f.bwd->dv_ptr), static_cast<const C*>(f.bwd->v_ptr), false);
-      });
-      // dhat = l⁻ᵀ (dv - (k + tril(k, -1)ᵀ) v), k = tril(dv vᵀ)
-      for (int64_t i = 0; i < R; ++i)
-        for (int64_t j = 0; j < R; ++j) {
-          b[i * stride + j] = -matrix(g)[larger(i, j) * stride + smaller(i, j)];
-          c[j * stride + i] = a[i * stride + j];
-        }
-    } else {
-      // ds = -tᵀ dt tᵀ; then b = dg + dgᵀ
-      const C* t_in = static_cast<const C*>(params.t_ptr);
-      const C* dt_in = static_cast<const C*>(params.dt_ptr);
-      double* const t_flipped = matrix(t);
-      for (int64_t i = 0; i < R; ++i)
-        for (int64_t j = 0; j < R; ++j) {
-          a[i * stride + j] = static_cast<double>(dt_in[i * R + j]);
-          t_flipped[j * stride + i] = static_cast<double>(t_in[i * R + j]);
-        }
-      small_product(c, t_flipped, a, R, R, stride);
-      small_product(a, c, t_flipped, R, R, stride);
-      for (int64_t i = 0; i < R; ++i)
-        for (int64_t j = i; j < R; ++j) b[i * stride + j] = b[j * stride + i] = -a[i * stride + j];
-      for (int64_t pair = 0; pair < R / 2; ++pair) {
-        if (!columns.has_both(pair)) continue;
-        const int64_t i = 2 * pair;
-        // twice the term of the diagonal: b holds dg + dgᵀ
-        b[i * stride + i] +=
-            (a[(i + 1) * stride + i] - a[i * stride + i + 1]) / __builtin_ldexp(1.0, columns.log_phi[pair]);
+    const C* t_in = static_cast<const C*>(bwd->t_ptr);
+    const C* dt_in = static_cast<const C*>(bwd->dt_ptr);
+    double* const t_flipped = matrix(t);
+    for (int64_t i = 0; i < R; ++i)
+      for (int64_t j = 0; j < R; ++j) {
+        a[i * stride + j] = static_cast<double>(dt_in[i * R + j]);
+        t_flipped[j * stride + i] = static_cast<double>(t_in[i * R + j]);
       }
+    product(c, stride, true, t_flipped, stride, a, stride, R, R, stride);
+    product(a, stride, true, c, stride, t_flipped, stride, R, R, stride);
+    for (int64_t i = 0; i < R; ++i)
+      for (int64_t j = i; j < R; ++j) b[i * stride + j] = b[j * stride + i] = -a[i * stride + j];
+    for (int64_t pair = 0; pair < R / 2; ++pair) {
+      if (!columns.has_both(pair)) continue;
+      const int64_t i = 2 * pair;
+      // twice the term of the diagonal: b holds dg + dgᵀ
+      b[i * stride + i] +=
+          (a[(i + 1) * stride + i] - a[i * stride + i + 1]) / __builtin_ldexp(1.0, columns.log_phi[pair]);
     }
-    run([](Factor& f, int task) { f.gradient_rows(task); });
+    C* const coefficients = shared.get<C>(0, narrow);
+    for (int64_t i = 0; i < round_up(R, kPadRows) * stride; ++i) coefficients[i] = static_cast<C>(b[i]);
   }
 };
 

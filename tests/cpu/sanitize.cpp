@@ -257,7 +257,7 @@ void test_weight_side(DType dtype, int64_t M, int64_t D, int64_t R, int64_t gap,
   u.fill(1);
   x.fill();
   dx.fill();
-  hra::WyFactorFwdParams factor{v.data(), t.data(), u.data(), D, R, R, 1, wide, false};
+  hra::WyFactorFwdParams factor{v.data(), t.data(), u.data(), D, R, wide, false};
   hra::cpu::wy_factor_fwd(factor, threads);
   hra::WeightSideBwdParams params{dv.data(), dt.data(), dx.array.data(), x.array.data(), v.data(), t.data(), M,
                                   D,         R,         dx.stride,       x.stride,       dtype};
@@ -305,7 +305,7 @@ struct Factor {
   Array v, t;
   hra::WyFactorFwdParams params{};
 
-  Factor(Array& u, DType dtype, int64_t D, int64_t R, int64_t stride_ud, bool apply_gs, int threads)
+  Factor(Array& u, DType dtype, int64_t D, int64_t R, bool apply_gs, int threads)
       : v(dtype == DType::kFloat64 ? dtype : DType::kFloat32, R * D),
         t(dtype == DType::kFloat64 ? dtype : DType::kFloat32, R * R) {
     params.v_ptr = v.data();
@@ -313,8 +313,6 @@ struct Factor {
     params.u_ptr = u.data();
     params.D = D;
     params.R = R;
-    params.stride_ud = stride_ud;
-    params.stride_ur = 1;
     params.dtype = dtype;
     params.apply_gs = apply_gs;
     hra::cpu::wy_factor_fwd(params, threads);
@@ -331,8 +329,6 @@ struct Factor {
     bwd.t_ptr = t.data();
     bwd.D = params.D;
     bwd.R = params.R;
-    bwd.stride_ud = params.stride_ud;
-    bwd.stride_ur = params.stride_ur;
     bwd.dtype = params.dtype;
     bwd.apply_gs = params.apply_gs;
     hra::cpu::wy_factor_bwd(bwd, threads);
@@ -346,12 +342,11 @@ double inner(const Array& a, const Array& b) {
   return total;
 }
 
-void test_wy(DType dtype, int64_t D, int64_t R, int64_t gap, bool apply_gs, int threads) {
+void test_wy(DType dtype, int64_t D, int64_t R, bool apply_gs, int threads) {
   const DType wide = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  const int64_t stride = R + gap;
-  Array u(dtype, D > 0 ? (D - 1) * stride + R : 0);
-  for (int64_t i = 0; i < u.count(); ++i) u.set(i, i % stride < R ? normal() : std::nan(""));
-  Factor factor(u, dtype, D, R, stride, apply_gs, threads);
+  Array u(dtype, D * R);
+  u.fill(1);
+  Factor factor(u, dtype, D, R, apply_gs, threads);
   if (!apply_gs) {
     // one row through H_1 ... H_R, and through I - vᵀ t v
     Matrix row(static_cast<size_t>(D)), start;
@@ -360,11 +355,10 @@ void test_wy(DType dtype, int64_t D, int64_t R, int64_t gap, bool apply_gs, int 
     for (int64_t r = 0; r < R; ++r) {
       double dot = 0, square = 0;
       for (int64_t d = 0; d < D; ++d) {
-        dot += row[static_cast<size_t>(d)] * u.get(d * stride + r);
-        square += u.get(d * stride + r) * u.get(d * stride + r);
+        dot += row[static_cast<size_t>(d)] * u.get(d * R + r);
+        square += u.get(d * R + r) * u.get(d * R + r);
       }
-      for (int64_t d = 0; d < D && square > 0; ++d)
-        row[static_cast<size_t>(d)] -= 2 * dot / square * u.get(d * stride + r);
+      for (int64_t d = 0; d < D && square > 0; ++d) row[static_cast<size_t>(d)] -= 2 * dot / square * u.get(d * R + r);
     }
     const auto v_flipped = [&](int64_t d, int64_t r) { return factor.v.get(r * D + d); };
     const Matrix p = product(1, D, R, [&](int64_t, int64_t d) { return start[static_cast<size_t>(d)]; }, v_flipped);
@@ -390,10 +384,10 @@ void test_wy(DType dtype, int64_t D, int64_t R, int64_t gap, bool apply_gs, int 
   along.fill(1);
   for (int64_t d = 0; d < D; ++d)
     for (int64_t r = 0; r < R; ++r) {
-      up.set(d * stride + r, u.get(d * stride + r) + step * along.get(d * R + r));
-      down.set(d * stride + r, u.get(d * stride + r) - step * along.get(d * R + r));
+      up.set(d * R + r, u.get(d * R + r) + step * along.get(d * R + r));
+      down.set(d * R + r, u.get(d * R + r) - step * along.get(d * R + r));
     }
-  Factor above(up, dtype, D, R, stride, apply_gs, threads), below(down, dtype, D, R, stride, apply_gs, threads);
+  Factor above(up, dtype, D, R, apply_gs, threads), below(down, dtype, D, R, apply_gs, threads);
   const double difference =
       (inner(dv, above.v) + inner(dt, above.t) - inner(dv, below.v) - inner(dt, below.t)) / (2 * step);
   const double slope = inner(du, along);
@@ -410,7 +404,7 @@ void test_hostile(DType dtype) {
       u.fill(1);
       for (int64_t d = 0; d < D; ++d) u.set(d * R + 1, bad);
       u.set(3 * R + 4, bad);
-      Factor factor(u, dtype, D, R, R, apply_gs, 1);
+      Factor factor(u, dtype, D, R, apply_gs, 1);
       Array dv(dtype == DType::kFloat64 ? dtype : DType::kFloat32, R * D),
           dt(dtype == DType::kFloat64 ? dtype : DType::kFloat32, R * R);
       dv.fill(bad);
@@ -445,6 +439,11 @@ void test_hostile(DType dtype) {
 
 }  // namespace
 
+// Fresh memory is NaN in every dtype: a kernel that reads scratch memory before it wrote it shows.
+extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
+  return "max_malloc_fill_size=1000000000:malloc_fill_byte=255";
+}
+
 int main() {
   const char* const dtype_names[] = {"float32", "float64", "bfloat16", "float16"};
   int isas = 0;
@@ -470,14 +469,14 @@ int main() {
       test_weight_side(dtype, 173, 353, 9, 1, 3);
       test_weight_side(dtype, 64, 1100, 37, 0, 3);
       for (const bool apply_gs : {false, true}) {
-        for (const int64_t R : {1, 2, 3, 4, 7, 8, 13}) {
+        for (const int64_t R : {1, 2, 3, 4, 7, 8, 13, 16}) {
           for (const int64_t D : {0, 29, 64, 131}) {
             running = std::string(names[isa]) + " " + dtype_names[code] + " D=" + std::to_string(D) +
                       " R=" + std::to_string(R) + (apply_gs ? " Gram-Schmidt" : "");
-            test_wy(dtype, D, R, R % 3, apply_gs, 1);
+            test_wy(dtype, D, R, apply_gs, 1);
           }
         }
-        test_wy(dtype, 130, 64, 0, apply_gs, 3);
+        test_wy(dtype, 130, 64, apply_gs, 3);
       }
       running = std::string(names[isa]) + " " + dtype_names[code] + " hostile";
       test_hostile(dtype);

@@ -118,7 +118,9 @@ def test_func_transforms(flags):
     torch.testing.assert_close(y, f(x, *us))
 
 
-@pytest.mark.parametrize("op", ["wy_factor_fwd", "wy_factor_bwd", "reflect_fwd", "reflect_dx", "reflect_bwd"])
+@pytest.mark.parametrize(
+    "op", ["wy_factor_fwd", "wy_factor_bwd", "reflect_fwd", "reflect_dx", "reflect_bwd", "weight_side_bwd"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(on_backend, op, dtype):
     M, D, R = 6, 32, 4
@@ -130,6 +132,7 @@ def test_opcheck(on_backend, op, dtype):
         "reflect_fwd": (x, v, t, True),
         "reflect_dx": (dy, v, t, True),
         "reflect_bwd": (dy, x, v, t, p, True),
+        "weight_side_bwd": (dy, x, v, t),
     }
     torch.library.opcheck(getattr(torch.ops.hra, op).default, arguments[op])
 
