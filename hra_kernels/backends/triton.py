@@ -21,6 +21,7 @@ from hra_kernels.backends.tuning import (
     COLUMN_PROGRAMS,
     GRAM_BLOCK_D,
     GRAM_SPLITS,
+    L2_SHARE,
     PRODUCT_CONFIG,
     ROW_PROGRAMS,
     SCALE_BLOCK_D,
@@ -126,9 +127,12 @@ def _m_strides(t: Tensor, transpose: bool) -> dict[str, int]:
     return {"stride_mi": t.stride(i), "stride_mj": t.stride(j)}
 
 
-def _launch(kernel, name: str, grid, x: Tensor, mode: dict, **arguments) -> None:
-    config = select_config(name, x.element_size(), arguments["R"], *x.shape)
-    kernel[grid(config)](
+def _config(name: str, x: Tensor, R: int) -> LaunchConfig:
+    return select_config(name, x.element_size(), R, *x.shape)
+
+
+def _launch(kernel, config: LaunchConfig, grid: tuple[int, ...], mode: dict, **arguments) -> None:
+    kernel[grid](
         **arguments, **mode, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
         num_warps=_num_warps(config), num_stages=config.num_stages,
     )  # fmt: skip
@@ -152,20 +156,35 @@ def _product(c: Tensor, a: Tensor, b: Tensor, splits: int, alpha: float, strides
 def _project(p: Tensor, x: Tensor, v: Tensor, mode: dict) -> None:
     M, D = x.shape
     R = v.shape[0]
+    config = _config("project", x, R)
     _launch(
-        _kernels().project_kernel, "project",
-        lambda config: (_cdiv(R, mode["BLOCK_R"]) * _cdiv(M, config.block_m),), x, mode,
+        _kernels().project_kernel, config, (_cdiv(R, mode["BLOCK_R"]) * _cdiv(M, config.block_m),), mode,
         p_ptr=p, x_ptr=x, v_ptr=v, M=M, D=D, R=R, stride_xm=x.stride(0), V_SCALE=_v_scale(x.dtype),
     )  # fmt: skip
 
 
 def _combine(y: Tensor, x: Tensor, s: Tensor, v: Tensor, mode: dict) -> None:
     M, D = x.shape
+    config = _config("combine", x, v.shape[0])
     _launch(
-        _kernels().combine_kernel, "combine",
-        lambda config: (_cdiv(D, config.block_d) * _cdiv(M, config.block_m),), x, mode,
+        _kernels().combine_kernel, config, (_cdiv(D, config.block_d) * _cdiv(M, config.block_m),), mode,
         y_ptr=y, x_ptr=x, s_ptr=s, v_ptr=v, M=M, D=D, R=v.shape[0], stride_ym=y.stride(0), stride_xm=x.stride(0),
     )  # fmt: skip
+
+
+@functools.cache
+def _chip(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, bytes of L2)"""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def _most_row_blocks(x: Tensor, block_m: int) -> int:
+    """Row blocks of x that may be in flight for their second sweep to find them in L2, and no processor idle."""
+    if x.device.type != "cuda":
+        return x.shape[0]
+    processors, cache = _chip(x.device)
+    return processors * max(1, int(L2_SHARE * cache) // (processors * block_m * x.shape[1] * x.element_size()))
 
 
 def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> tuple[Tensor, Tensor | None]:
@@ -179,11 +198,13 @@ def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> 
     mode = _mode(x, R)
     with torch.cuda.device_of(x):
         if R <= FUSED_RANK:
+            config = _config("reflect", x, R)
+            programs = min(_cdiv(M, config.block_m), _most_row_blocks(x, config.block_m))
             _launch(
-                _kernels().reflect_kernel, "reflect", lambda config: (_cdiv(M, config.block_m),), x, mode,
+                _kernels().reflect_kernel, config, (programs,), mode,
                 y_ptr=y, p_ptr=p if need_p else y, x_ptr=x, v_ptr=v, m_ptr=t, M=M, D=D, R=R,
                 stride_ym=y.stride(0), stride_xm=x.stride(0), **_m_strides(t, transpose),
-                V_SCALE=_v_scale(x.dtype), NEED_P=need_p,
+                V_SCALE=_v_scale(x.dtype), NEED_P=need_p, STAGES=config.num_stages,
             )  # fmt: skip
         else:
             s = _empty((M, R), torch.float32, x.device)
@@ -210,14 +231,14 @@ def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
     s = _empty((M, R), torch.float32, device)
     t_strides = (1, R) if transpose else (R, 1)
     if fused:
-        rows = select_config("backward_rows", x.element_size(), R, M, D).block_m
-        dt_count = min(_cdiv(M, rows), ROW_PROGRAMS)
+        row_config = _config("backward_rows", x, R)
+        dt_count = min(_cdiv(M, row_config.block_m), ROW_PROGRAMS)
     else:
         dt_count = min(_cdiv(M, 512), 64)
     dt_parts = dt[None] if dt_count == 1 else _empty((dt_count, R, R), torch.float32, device)
     if fused:
         _launch(
-            _kernels().backward_rows_kernel, "backward_rows", lambda config: (dt_count,), x, mode,
+            _kernels().backward_rows_kernel, row_config, (dt_count,), mode,
             qm_ptr=qm, s_ptr=s, dt_ptr=dt_parts, dy_ptr=dy, v_ptr=v, p_ptr=p, m_ptr=t, M=M, D=D, R=R,
             stride_dym=dy.stride(0), **_m_strides(t, transpose), stride_ti=t_strides[0], stride_tj=t_strides[1],
             V_SCALE=_v_scale(x.dtype),
@@ -231,16 +252,15 @@ def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
         _product(dt_parts, p.mT, q, dt_count, -1.0, t_strides)
     if R > FUSED_RANK:
         _combine(dx, dy, qm, v, mode)
-    name = "backward_columns" if R <= FUSED_RANK else "backward_dv"
-    columns = select_config(name, x.element_size(), R, M, D)
+    columns = _config("backward_columns" if R <= FUSED_RANK else "backward_dv", x, R)
     rows_per_split, dv_count = _column_splits(M, D, R, columns.block_m, columns.block_d)
     dv_parts = dv[None] if dv_count == 1 else _empty((dv_count, R, D), torch.float32, device)
     _launch(
-        _kernels().backward_columns_kernel, name,
-        lambda config: (dv_count, _cdiv(D, config.block_d), _cdiv(R, mode["BLOCK_R"])), x, mode,
+        _kernels().backward_columns_kernel, columns,
+        (dv_count, _cdiv(D, columns.block_d), _cdiv(R, mode["BLOCK_R"])), mode,
         dx_ptr=dx, dv_ptr=dv_parts, dy_ptr=dy, x_ptr=x, v_ptr=v, qm_ptr=qm, s_ptr=s, M=M, D=D, R=R,
         rows_per_split=rows_per_split, stride_dxm=dx.stride(0), stride_dym=dy.stride(0), stride_xm=x.stride(0),
-        NEED_DX=R <= FUSED_RANK,
+        NEED_DX=R <= FUSED_RANK, STAGES=columns.num_stages,
     )  # fmt: skip
     dv_size = R * D if dv_count > 1 else 0
     dt_size = R * R if dt_count > 1 else 0

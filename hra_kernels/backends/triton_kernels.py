@@ -86,17 +86,18 @@ def _combine_rows(s, v, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def _project(
-    x_ptr, v_ptr, row_offsets, mask_m, D, stride_vr, offs_r, mask_r, is_hi,
+    x_ptr, v_ptr, row_offsets, mask_m, D, R,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr, V_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x vᵀ [BLOCK_M, BLOCK_R] over all of D; with SPLIT = 1 its halves are yet to be added"""
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    offs_r, mask_r, is_hi = _rank_offsets(R, BLOCK_R, SPLIT)
     for d0 in range(0, D, BLOCK_D):
         offs_d = d0 + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         x = tl.load(x_ptr + row_offsets[:, None] + offs_d[None, :], mask_m[:, None] & mask_d[None, :], other=0.0)
-        v = tl.load(v_ptr + (offs_r * stride_vr)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], 0.0)
+        v = tl.load(v_ptr + (offs_r * D)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], other=0.0)
         acc = _times_rows(x, v * V_SCALE, is_hi, acc, SPLIT, PRECISION)
     return acc * (1.0 / V_SCALE)
 
@@ -113,39 +114,40 @@ def reflect_kernel(
     y_ptr, p_ptr, x_ptr, v_ptr, m_ptr,    # (M, D) (M, R) (M, D) (R, D) (R, R)
     M, D, R, stride_ym, stride_xm, stride_mi, stride_mj,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
-    V_SCALE: tl.constexpr, PRECISION: tl.constexpr, NEED_P: tl.constexpr,
+    V_SCALE: tl.constexpr, PRECISION: tl.constexpr, NEED_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = x - (x vᵀ) m v and p = x vᵀ for R <= BLOCK_R."""
-    pid_m = tl.program_id(0).to(tl.int64)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
+    """y = x - (x vᵀ) m v and p = x vᵀ for R <= BLOCK_R. The grid holds as many row blocks as L2 does, or all."""
     offs_r, mask_r, is_hi = _rank_offsets(R, BLOCK_R, SPLIT)
-    p = _project(
-        x_ptr, v_ptr, offs_m * stride_xm, mask_m, D, D, offs_r, mask_r, is_hi,
-        BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
-    )  # fmt: skip
-    # the columns of p repeat themselves with SPLIT = 1, so do rows and columns of m: the product adds the halves of p
-    # and yields s twice, once for the hi and once for the lo rows of v
-    m = _load_m(m_ptr, stride_mi, stride_mj, offs_r, mask_r, offs_r, mask_r)
-    s = tl.dot(p, m, input_precision=PRECISION)
-    if NEED_P:
-        if SPLIT == 1:
-            offs_p = tl.arange(0, BLOCK_R // 2)
-            p = _fold(p, BLOCK_M, BLOCK_R)
-            tl.store(p_ptr + (offs_m * R)[:, None] + offs_p[None, :], p, mask_m[:, None] & (offs_p < R)[None, :])
-        else:
-            tl.store(p_ptr + (offs_m * R)[:, None] + offs_r[None, :], p, mask_m[:, None] & mask_r[None, :])
     num_d = tl.cdiv(D, BLOCK_D)
-    for i in range(0, num_d):
-        offs_d = (num_d - 1 - i) * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        mask = mask_m[:, None] & mask_d[None, :]
-        v = tl.load(v_ptr + (offs_r * D)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], other=0.0)
-        x_ptrs = x_ptr + (offs_m * stride_xm)[:, None] + offs_d[None, :]
-        x = tl.load(x_ptrs, mask, other=0.0, eviction_policy="evict_first")
-        acc = _combine_rows(s, v, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
-        y = (x.to(tl.float32) - acc).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + (offs_m * stride_ym)[:, None] + offs_d[None, :], y, mask, eviction_policy="evict_first")
+    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        p = _project(
+            x_ptr, v_ptr, offs_m * stride_xm, mask_m, D, R,
+            BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
+        )  # fmt: skip
+        # the columns of p repeat themselves with SPLIT = 1, so do rows and columns of m: the product adds the halves
+        # of p and yields s twice, once for the hi and once for the lo rows of v
+        m = _load_m(m_ptr, stride_mi, stride_mj, offs_r, mask_r, offs_r, mask_r)
+        s = tl.dot(p, m, input_precision=PRECISION)
+        if NEED_P:
+            if SPLIT == 1:
+                offs_p = tl.arange(0, BLOCK_R // 2)
+                p = _fold(p, BLOCK_M, BLOCK_R)
+                tl.store(p_ptr + (offs_m * R)[:, None] + offs_p[None, :], p, mask_m[:, None] & (offs_p < R)[None, :])
+            else:
+                tl.store(p_ptr + (offs_m * R)[:, None] + offs_r[None, :], p, mask_m[:, None] & mask_r[None, :])
+        # a loop that names its stages has all of its loads pipelined, not only those that are multiplied
+        for i in tl.range(0, num_d, num_stages=STAGES):
+            offs_d = (num_d - 1 - i) * BLOCK_D + tl.arange(0, BLOCK_D)
+            mask_d = offs_d < D
+            mask = mask_m[:, None] & mask_d[None, :]
+            v = tl.load(v_ptr + (offs_r * D)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], other=0.0)
+            x_ptrs = x_ptr + (offs_m * stride_xm)[:, None] + offs_d[None, :]
+            x = tl.load(x_ptrs, mask, other=0.0, eviction_policy="evict_first")
+            acc = _combine_rows(s, v, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
+            y = (x.to(tl.float32) - acc).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + (offs_m * stride_ym)[:, None] + offs_d[None, :], y, mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -163,9 +165,9 @@ def project_kernel(
     pid_m = (tl.program_id(0) // num_r).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    offs_r, mask_r, is_hi = _rank_offsets(R - r0, BLOCK_R, SPLIT)
+    offs_r, mask_r, _ = _rank_offsets(R - r0, BLOCK_R, SPLIT)
     p = _project(
-        x_ptr, v_ptr + r0.to(tl.int64) * D, offs_m * stride_xm, mask_m, D, D, offs_r, mask_r, is_hi,
+        x_ptr, v_ptr + r0.to(tl.int64) * D, offs_m * stride_xm, mask_m, D, R - r0,
         BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
     )  # fmt: skip
     tl.store(p_ptr + (offs_m * R)[:, None] + (r0 + offs_r)[None, :], p, mask_m[:, None] & mask_r[None, :])
@@ -180,7 +182,7 @@ def backward_rows_kernel(
 ):  # fmt: skip
     """q mᵀ for q = dy vᵀ, s = p m, and each program's share of dt, which is -pᵀ q or its transpose; R <= BLOCK_R."""
     pid = tl.program_id(0)
-    offs_r, mask_r, is_hi = _rank_offsets(R, BLOCK_R, SPLIT)
+    offs_r, mask_r, _ = _rank_offsets(R, BLOCK_R, SPLIT)
     offs_k = tl.arange(0, BLOCK_R)
     mask_k = offs_k < R
     acc_dm = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
@@ -188,7 +190,7 @@ def backward_rows_kernel(
         offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         q = _project(
-            dy_ptr, v_ptr, offs_m * stride_dym, mask_m, D, D, offs_r, mask_r, is_hi,
+            dy_ptr, v_ptr, offs_m * stride_dym, mask_m, D, R,
             BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
         )  # fmt: skip
         offsets = (offs_m * R)[:, None] + offs_k[None, :]
@@ -240,7 +242,7 @@ def backward_columns_kernel(
     dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,    # (M, D) (splits, R, D) (M, D) (M, D) (R, D) (M, R) (M, R)
     M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, NEED_DX: tl.constexpr,
+    PRECISION: tl.constexpr, NEED_DX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx = dy - qm v (R <= BLOCK_R only) and this split's share of dv = -(sᵀ dy + qmᵀ x), for BLOCK_D columns."""
     split = tl.program_id(0)
@@ -255,7 +257,7 @@ def backward_columns_kernel(
     acc_dv = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     start = split.to(tl.int64) * rows_per_split
     end = tl.minimum(start + rows_per_split, M)
-    for m0 in range(start, end, BLOCK_M):
+    for m0 in tl.range(start, end, BLOCK_M, num_stages=STAGES):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < end
         mask = mask_m[:, None] & mask_d[None, :]

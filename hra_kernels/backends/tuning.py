@@ -82,6 +82,9 @@ serves. They need the clusters of sm_90; bench/gpu/notes.md has the predictions.
 PRODUCT_CONFIG = LaunchConfig(64, 32, 8, 2)
 """`product_kernel`: tiles of 64 x 64, 32 of the inner axis per step; spills with 4 warps on sm_80."""
 
+L2_SHARE = 0.75
+"""Of L2, for the rows of x between `reflect_kernel`'s two sweeps; v, p and y, which leaves first, take the rest."""
+
 COLUMN_PROGRAMS = 1024
 """Programs `backward_columns_kernel` is divided into: 4 waves of 2 per multiprocessor. Their dv partials are 4 MB at
 R = 8, D = 4096, where M = 8192 rows of x, dy and dx are 201 MB. Constant, so that sums have one order on every GPU."""
