@@ -21,6 +21,8 @@ Where one is, float16 operands are scaled by powers of two, which is exact.
 import triton
 import triton.language as tl
 
+from hra_kernels.backends.triton_factor_kernels import chain_bwd_share
+
 
 @triton.jit
 def _rank_offsets(R, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):
@@ -212,18 +214,18 @@ def backward_rows_kernel(
 
 
 @triton.jit
-def _transposed_product(s, x, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + sᵀ x for s [BLOCK_M, BLOCK_R] float32, which repeats itself with SPLIT = 1, and x [BLOCK_M, BLOCK_D]"""
+def _transposed_product(s_t, x, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + sᵀ x for sᵀ [BLOCK_R, BLOCK_M] float32, which repeats itself with SPLIT = 1, and x [BLOCK_M, BLOCK_D]"""
     if SPLIT == 0:
-        return tl.dot(tl.trans(s), x, acc, input_precision=PRECISION)
-    scaled = s
+        return tl.dot(s_t, x, acc, input_precision=PRECISION)
+    scaled = s_t
     if x.dtype == tl.float16:
-        # each column by the power of two that brings its largest entry into [1, 2)
-        bits = tl.max(tl.abs(s), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
+        # each row by the power of two that brings its largest entry into [1, 2)
+        bits = tl.max(tl.abs(s_t), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
         bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
-        scaled = s * ((254 << 23) - bits).to(tl.float32, bitcast=True)[None, :]
+        scaled = s_t * ((254 << 23) - bits).to(tl.float32, bitcast=True)[:, None]
     if SPLIT == 1:
-        product_of = tl.trans(_packed(scaled, is_hi[None, :], x.dtype))
+        product_of = _packed(scaled, is_hi[:, None], x.dtype)
         if x.dtype == tl.float16:
             return acc + tl.dot(product_of, x) * bits.to(tl.float32, bitcast=True)[:, None]
         else:
@@ -231,23 +233,19 @@ def _transposed_product(s, x, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.con
     else:
         hi, lo = _split(scaled, x.dtype)
         if x.dtype == tl.float16:
-            product = tl.dot(tl.trans(hi), x, tl.dot(tl.trans(lo), x))
+            product = tl.dot(hi, x, tl.dot(lo, x))
             return acc + product * bits.to(tl.float32, bitcast=True)[:, None]
         else:
-            return tl.dot(tl.trans(hi), x, tl.dot(tl.trans(lo), x, acc))
+            return tl.dot(hi, x, tl.dot(lo, x, acc))
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_split"])
-def backward_columns_kernel(
-    dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,    # (M, D) (splits, R, D) (M, D) (M, D) (R, D) (M, R) (M, R)
-    M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
+@triton.jit
+def _backward_columns(
+    dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,
+    split, pid_d, M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr, NEED_DX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy - qm v (R <= BLOCK_R only) and this split's share of dv = -(sᵀ dy + qmᵀ x), for BLOCK_D columns."""
-    split = tl.program_id(0)
-    # the last columns first: `backward_rows_kernel` has read them last, and L2 may still hold them
-    pid_d = tl.num_programs(1) - 1 - tl.program_id(1)
     r0 = tl.program_id(2) * BLOCK_R
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -264,13 +262,16 @@ def backward_columns_kernel(
         dy = tl.load(dy_ptr + (offs_m * stride_dym)[:, None] + offs_d[None, :], mask, other=0.0)
         x_ptrs = x_ptr + (offs_m * stride_xm)[:, None] + offs_d[None, :]
         x = tl.load(x_ptrs, mask, other=0.0, eviction_policy="evict_first")
-        r_offsets = (offs_m * R)[:, None] + (r0 + offs_r)[None, :]
-        mask_s = mask_m[:, None] & mask_r[None, :]
-        qm = tl.load(qm_ptr + r_offsets, mask_s, other=0.0)
-        s = tl.load(s_ptr + r_offsets, mask_s, other=0.0)
-        acc_dv = _transposed_product(s, dy, is_hi, acc_dv, SPLIT, PRECISION)
-        acc_dv = _transposed_product(qm, x, is_hi, acc_dv, SPLIT, PRECISION)
+        # qm is read twice, as each product wants it: a load with two layouts to serve is not pipelined
+        offsets_t = (r0 + offs_r)[:, None] + (offs_m * R)[None, :]
+        mask_t = mask_r[:, None] & mask_m[None, :]
+        s_t = tl.load(s_ptr + offsets_t, mask_t, other=0.0)
+        qm_t = tl.load(qm_ptr + offsets_t, mask_t, other=0.0)
+        acc_dv = _transposed_product(s_t, dy, is_hi, acc_dv, SPLIT, PRECISION)
+        acc_dv = _transposed_product(qm_t, x, is_hi, acc_dv, SPLIT, PRECISION)
         if NEED_DX:
+            r_offsets = (offs_m * R)[:, None] + (r0 + offs_r)[None, :]
+            qm = tl.load(qm_ptr + r_offsets, mask_m[:, None] & mask_r[None, :], other=0.0)
             acc = _combine_rows(qm, v, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
             dx = (dy.to(tl.float32) - acc).to(dx_ptr.dtype.element_ty)
             dx_ptrs = dx_ptr + (offs_m * stride_dxm)[:, None] + offs_d[None, :]
@@ -282,6 +283,43 @@ def backward_columns_kernel(
         tl.store(dv_ptrs + (offs_h * D)[:, None] + offs_d[None, :], -acc_dv, (offs_h < R)[:, None] & mask_d[None, :])
     else:
         tl.store(dv_ptrs + (offs_r * D)[:, None] + offs_d[None, :], -acc_dv, mask_r[:, None] & mask_d[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split", "dt_parts_count"])
+def backward_columns_kernel(
+    dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,    # (M, D) (splits, R, D) (M, D) (M, D) (R, D) (M, R) (M, R)
+    ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,    # of `chain_bwd_share`, if CHAIN
+    M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm, stride_ud, stride_ur, dt_parts_count,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, NEED_DX: tl.constexpr, STAGES: tl.constexpr,
+    CHAIN: tl.constexpr, BLOCK_P: tl.constexpr, SCALE_BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx = dy - qm v (R <= BLOCK_R only) and this split's share of dv = -(sᵀ dy + qmᵀ x), for BLOCK_D columns.
+
+    With CHAIN there is one strip more than D has: its programs do what else the chain's gradient needs, at once.
+    """
+    split = tl.program_id(0)
+    # the last columns first: `backward_rows_kernel` has read them last, and L2 may still hold them
+    pid_d = tl.num_programs(1) - 1 - tl.program_id(1)
+    if CHAIN:
+        if pid_d * BLOCK_D >= D:
+            for job in range(split, 1 + tl.cdiv(R, 2 * BLOCK_P), tl.num_programs(0)):
+                chain_bwd_share(
+                    job, ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,
+                    D, R, stride_ud, stride_ur, dt_parts_count, BLOCK_R, BLOCK_P, SCALE_BLOCK_D,
+                )  # fmt: skip
+        else:
+            _backward_columns(
+                dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,
+                split, pid_d, M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
+                BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, PRECISION, NEED_DX, STAGES,
+            )  # fmt: skip
+    else:
+        _backward_columns(
+            dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,
+            split, pid_d, M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
+            BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, PRECISION, NEED_DX, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])

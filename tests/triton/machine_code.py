@@ -52,6 +52,9 @@ class Launch:
     aligned: tuple[int, ...]
     options: tuple[tuple[str, int], ...]
 
+    def is_16_bit(self) -> bool:
+        return not {"*bf16", "*fp16"}.isdisjoint(kind for _, kind in self.signature)
+
     def __str__(self) -> str:
         constants = dict(self.constants)
         sizes = " ".join(
@@ -142,6 +145,7 @@ def call_reflect(M: int, D: int, R: int, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:  # the same kernel without p
         triton_backend.BACKEND.reflect_dx(x, v, t, True)
     triton_backend.BACKEND.reflect_bwd(x, x, v, t, p, True)
+    triton_backend.BACKEND.chain_bwd(x, x, empty(D, R), v, t, p, True, False)
 
 
 def call_factor(D: int, R: int, apply_gs: bool) -> None:
@@ -189,7 +193,9 @@ class Compiled:
             found.append("no 16-byte access")
         if self.overwritten:
             found.append(f"{self.overwritten} instructions write registers that a running wgmma uses")
-        return found + [problem for loop in self.loops for problem in loop.problems()]
+        if self.launch.is_16_bit():  # arithmetic binds the others
+            found += [problem for loop in self.loops for problem in loop.problems()]
+        return found
 
 
 MATRIX_KERNELS = {
