@@ -177,17 +177,20 @@ def _combine(y: Tensor, x: Tensor, s: Tensor, v: Tensor, mode: dict) -> None:
 
 
 @functools.cache
-def _chip(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of L2)"""
+def _chip(device: torch.device) -> tuple[int, int] | None:
+    """(multiprocessors, bytes of L2), None where no GPU is"""
+    if device.type != "cuda":
+        return None
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.L2_cache_size
 
 
 def _most_row_blocks(x: Tensor, block_m: int) -> int:
     """Row blocks of x that may be in flight for their second sweep to find them in L2, and no processor idle."""
-    if x.device.type != "cuda":
+    chip = _chip(x.device)
+    if chip is None:
         return x.shape[0]
-    processors, cache = _chip(x.device)
+    processors, cache = chip
     return processors * max(1, int(L2_SHARE * cache) // (processors * block_m * x.shape[1] * x.element_size()))
 
 

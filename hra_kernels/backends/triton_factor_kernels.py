@@ -381,7 +381,7 @@ def chain_bwd_share(
         tl.store(phi_ptr + first, _power_of_two(phi_exponent), first < R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dv_parts_count"])
 def factor_bwd_kernel(
     du_ptr, dv_ptr, v_ptr, w_ptr, inverse_ptr, scale_ptr, phi_ptr,
     # (L, D, R) u's dtype, (parts, R, D) or (L, R, D), (L, R, D) float32, (L, R, R) (L, R, R) (L, R) (L, R) float64

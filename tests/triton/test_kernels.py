@@ -236,6 +236,25 @@ def test_launches_of_a_training_step(R, monkeypatch):
         assert counted == ["reflect_kernel", "backward_rows_kernel", "backward_columns_kernel", "factor_bwd_kernel"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_few_programs_go_over_all_rows(dtype, monkeypatch):
+    """A chip whose L2 holds less than a row block: each of its three processors takes every third block."""
+    x, _, v, t = reflect_inputs(7 * 64 - 5, 40, 8, dtype)
+    at_once = TRITON.reflect_fwd(x, v, t, True)
+    monkeypatch.setattr(triton_backend, "_chip", lambda device: (3, 1))
+    assert triton_backend._most_row_blocks(x, 64) == 3
+    for expected, got in zip(at_once, TRITON.reflect_fwd(x, v, t, True), strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_rows_in_flight_fit_l2(monkeypatch):
+    """132 processors, 50 MB of L2: one program each where rows are wide, more where they are narrow."""
+    monkeypatch.setattr(triton_backend, "_chip", lambda device: (132, 50 * 2**20))
+    for D, block_m, each in ((4096, 32, 1), (16384, 16, 1), (2048, 64, 1), (1024, 16, 9)):
+        x = torch.empty(8192, D, dtype=torch.bfloat16, device="meta")
+        assert triton_backend._most_row_blocks(x, block_m) == 132 * each
+
+
 SHIPPED = sorted(
     {
         (*key, *dataclasses.astuple(config))
