@@ -92,6 +92,13 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dx (M, D) in dy's dtype, dv (R, D) and dt (R, R) of `reflect_fwd`, whose p this is."""
 
+    def chain_bwd(
+        self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, apply_gs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """dx (M, D) and du (D, R): `reflect_bwd`, then `wy_factor_bwd` of the dv and dt that it gives, bit for bit."""
+        dx, dv, dt = self.reflect_bwd(dy, x, v, t, p, transpose)
+        return dx, self.wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+
     def weight_side_bwd(self, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """dv (R, D) and dt (R, R) of y = x (W Q)ᵀ from x and its gradient dx, both (M, D), in one pass over them.
 

@@ -3,14 +3,16 @@
 Kernels are in `triton_kernels` (reflect) and `triton_factor_kernels` (wy_factor), tile sizes in `tuning`. With
 TRITON_INTERPRET=1 in the environment the same functions serve CPU tensors, through Triton's interpreter.
 
-Forward and dx are one launch up to 64 columns, three above. Backward is two launches up to 32 columns, five up to 64,
-six above, and one more where partial sums have to be added up. Nothing is specialized on M: a new batch size compiles
-nothing.
+Forward and dx are one launch up to 64 columns, three above. A chain's backward is three launches up to 32 columns: what
+its u needs rides along in programs of its own, so that a layer's training step is four. Otherwise `reflect_bwd` is two
+launches up to 32 columns, five up to 64, six above, one more where partial sums have to be added up, and the factor's
+backward is three. Nothing is specialized on M: a new batch size compiles nothing.
 """
 
 import functools
 import importlib.util
 import os
+from dataclasses import dataclass
 from importlib import metadata
 
 import torch
@@ -20,13 +22,16 @@ from hra_kernels.backends.base import Backend
 from hra_kernels.backends.tuning import (
     COLUMN_PROGRAMS,
     GRAM_BLOCK_D,
-    GRAM_SPLITS,
+    GRAM_COLUMNS,
+    L2_SHARE,
     PRODUCT_CONFIG,
     ROW_PROGRAMS,
     SCALE_BLOCK_D,
+    SCALE_PAIRS,
     SUM_BLOCK,
     LaunchConfig,
     factor_warps,
+    gram_splits,
     select_config,
 )
 
@@ -126,9 +131,12 @@ def _m_strides(t: Tensor, transpose: bool) -> dict[str, int]:
     return {"stride_mi": t.stride(i), "stride_mj": t.stride(j)}
 
 
-def _launch(kernel, name: str, grid, x: Tensor, mode: dict, **arguments) -> None:
-    config = select_config(name, x.element_size(), arguments["R"], *x.shape)
-    kernel[grid(config)](
+def _config(name: str, x: Tensor, R: int) -> LaunchConfig:
+    return select_config(name, x.element_size(), R, *x.shape)
+
+
+def _launch(kernel, config: LaunchConfig, grid: tuple[int, ...], mode: dict, **arguments) -> None:
+    kernel[grid](
         **arguments, **mode, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
         num_warps=_num_warps(config), num_stages=config.num_stages,
     )  # fmt: skip
@@ -152,20 +160,38 @@ def _product(c: Tensor, a: Tensor, b: Tensor, splits: int, alpha: float, strides
 def _project(p: Tensor, x: Tensor, v: Tensor, mode: dict) -> None:
     M, D = x.shape
     R = v.shape[0]
+    config = _config("project", x, R)
     _launch(
-        _kernels().project_kernel, "project",
-        lambda config: (_cdiv(R, mode["BLOCK_R"]) * _cdiv(M, config.block_m),), x, mode,
+        _kernels().project_kernel, config, (_cdiv(R, mode["BLOCK_R"]) * _cdiv(M, config.block_m),), mode,
         p_ptr=p, x_ptr=x, v_ptr=v, M=M, D=D, R=R, stride_xm=x.stride(0), V_SCALE=_v_scale(x.dtype),
     )  # fmt: skip
 
 
 def _combine(y: Tensor, x: Tensor, s: Tensor, v: Tensor, mode: dict) -> None:
     M, D = x.shape
+    config = _config("combine", x, v.shape[0])
     _launch(
-        _kernels().combine_kernel, "combine",
-        lambda config: (_cdiv(D, config.block_d) * _cdiv(M, config.block_m),), x, mode,
+        _kernels().combine_kernel, config, (_cdiv(D, config.block_d) * _cdiv(M, config.block_m),), mode,
         y_ptr=y, x_ptr=x, s_ptr=s, v_ptr=v, M=M, D=D, R=v.shape[0], stride_ym=y.stride(0), stride_xm=x.stride(0),
     )  # fmt: skip
+
+
+@functools.cache
+def _chip(device: torch.device) -> tuple[int, int] | None:
+    """(multiprocessors, bytes of L2), None where no GPU is"""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
+
+
+def _most_row_blocks(x: Tensor, block_m: int) -> int:
+    """Row blocks of x that may be in flight for their second sweep to find them in L2, and no processor idle."""
+    chip = _chip(x.device)
+    if chip is None:
+        return x.shape[0]
+    processors, cache = chip
+    return processors * max(1, int(L2_SHARE * cache) // (processors * block_m * x.shape[1] * x.element_size()))
 
 
 def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> tuple[Tensor, Tensor | None]:
@@ -179,11 +205,13 @@ def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> 
     mode = _mode(x, R)
     with torch.cuda.device_of(x):
         if R <= FUSED_RANK:
+            config = _config("reflect", x, R)
+            programs = min(_cdiv(M, config.block_m), _most_row_blocks(x, config.block_m))
             _launch(
-                _kernels().reflect_kernel, "reflect", lambda config: (_cdiv(M, config.block_m),), x, mode,
+                _kernels().reflect_kernel, config, (programs,), mode,
                 y_ptr=y, p_ptr=p if need_p else y, x_ptr=x, v_ptr=v, m_ptr=t, M=M, D=D, R=R,
                 stride_ym=y.stride(0), stride_xm=x.stride(0), **_m_strides(t, transpose),
-                V_SCALE=_v_scale(x.dtype), NEED_P=need_p,
+                V_SCALE=_v_scale(x.dtype), NEED_P=need_p, STAGES=config.num_stages,
             )  # fmt: skip
         else:
             s = _empty((M, R), torch.float32, x.device)
@@ -201,54 +229,90 @@ def _column_splits(M: int, D: int, R: int, block_m: int, block_d: int) -> tuple[
     return rows, _cdiv(M, rows)
 
 
-def _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose) -> None:
-    (M, D), R = x.shape, v.shape[0]
-    device = x.device
-    mode = _mode(x, R)
-    fused = R <= FUSED_BACKWARD_RANK
-    qm = _empty((M, R), torch.float32, device)
-    s = _empty((M, R), torch.float32, device)
+@dataclass(frozen=True)
+class _Chain:
+    """What the columns' kernel computes beside dx and dv, for the gradient of u (D, R)."""
+
+    u: Tensor
+    ds: Tensor
+    scale: Tensor
+    phi: Tensor
+
+
+def _rows_bwd(dy: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, mode: dict) -> tuple[Tensor, ...]:
+    """q mᵀ and p m (M, R) for q = dy vᵀ, and dt (parts, R, R)."""
+    (M, D), R = dy.shape, v.shape[0]
+    qm = _empty((M, R), torch.float32, dy.device)
+    s = _empty((M, R), torch.float32, dy.device)
     t_strides = (1, R) if transpose else (R, 1)
-    if fused:
-        rows = select_config("backward_rows", x.element_size(), R, M, D).block_m
-        dt_count = min(_cdiv(M, rows), ROW_PROGRAMS)
-    else:
-        dt_count = min(_cdiv(M, 512), 64)
-    dt_parts = dt[None] if dt_count == 1 else _empty((dt_count, R, R), torch.float32, device)
-    if fused:
+    if R <= FUSED_BACKWARD_RANK:
+        config = _config("backward_rows", dy, R)
+        dt_parts = _empty((min(_cdiv(M, config.block_m), ROW_PROGRAMS), R, R), torch.float32, dy.device)
         _launch(
-            _kernels().backward_rows_kernel, "backward_rows", lambda config: (dt_count,), x, mode,
+            _kernels().backward_rows_kernel, config, (dt_parts.shape[0],), mode,
             qm_ptr=qm, s_ptr=s, dt_ptr=dt_parts, dy_ptr=dy, v_ptr=v, p_ptr=p, m_ptr=t, M=M, D=D, R=R,
             stride_dym=dy.stride(0), **_m_strides(t, transpose), stride_ti=t_strides[0], stride_tj=t_strides[1],
-            V_SCALE=_v_scale(x.dtype),
+            V_SCALE=_v_scale(dy.dtype),
         )  # fmt: skip
     else:
-        q = _empty((M, R), torch.float32, device)
+        dt_parts = _empty((min(_cdiv(M, 512), 64), R, R), torch.float32, dy.device)
+        q = _empty((M, R), torch.float32, dy.device)
         m = t.mT if transpose else t
         _project(q, dy, v, mode)
         _product(qm[None], q, m.mT, 1, 1.0, (R, 1))
         _product(s[None], p, m, 1, 1.0, (R, 1))
-        _product(dt_parts, p.mT, q, dt_count, -1.0, t_strides)
-    if R > FUSED_RANK:
-        _combine(dx, dy, qm, v, mode)
-    name = "backward_columns" if R <= FUSED_RANK else "backward_dv"
-    columns = select_config(name, x.element_size(), R, M, D)
-    rows_per_split, dv_count = _column_splits(M, D, R, columns.block_m, columns.block_d)
-    dv_parts = dv[None] if dv_count == 1 else _empty((dv_count, R, D), torch.float32, device)
+        _product(dt_parts, p.mT, q, dt_parts.shape[0], -1.0, t_strides)
+    return qm, s, dt_parts
+
+
+def _columns_bwd(
+    dx: Tensor | None, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, qm: Tensor, s: Tensor, dt_parts: Tensor,
+    chain: _Chain | None, mode: dict,
+) -> Tensor:  # fmt: skip
+    """dv (parts, R, D); fills dx if given, and the chain's tensors."""
+    (M, D), R = x.shape, v.shape[0]
+    config = _config("backward_columns" if R <= FUSED_RANK else "backward_dv", x, R)
+    rows_per_split, splits = _column_splits(M, D, R, config.block_m, config.block_d)
+    dv_parts = _empty((splits, R, D), torch.float32, x.device)
+    strips = _cdiv(D, config.block_d)
+    ds, scale, phi, u = (chain.ds, chain.scale, chain.phi, chain.u) if chain else (qm, qm, qm, qm)
     _launch(
-        _kernels().backward_columns_kernel, name,
-        lambda config: (dv_count, _cdiv(D, config.block_d), _cdiv(R, mode["BLOCK_R"])), x, mode,
-        dx_ptr=dx, dv_ptr=dv_parts, dy_ptr=dy, x_ptr=x, v_ptr=v, qm_ptr=qm, s_ptr=s, M=M, D=D, R=R,
-        rows_per_split=rows_per_split, stride_dxm=dx.stride(0), stride_dym=dy.stride(0), stride_xm=x.stride(0),
-        NEED_DX=R <= FUSED_RANK,
+        _kernels().backward_columns_kernel, config,
+        (splits, strips + (chain is not None), _cdiv(R, mode["BLOCK_R"])), mode,
+        dx_ptr=x if dx is None else dx, dv_ptr=dv_parts, dy_ptr=dy, x_ptr=x, v_ptr=v, qm_ptr=qm, s_ptr=s,
+        ds_ptr=ds, scale_ptr=scale, phi_ptr=phi, u_ptr=u, t_ptr=t, dt_parts_ptr=dt_parts,
+        M=M, D=D, R=R, rows_per_split=rows_per_split, stride_dxm=D, stride_dym=dy.stride(0), stride_xm=x.stride(0),
+        stride_ud=u.stride(0), stride_ur=u.stride(1), dt_parts_count=dt_parts.shape[0],
+        NEED_DX=dx is not None, STAGES=config.num_stages, CHAIN=chain is not None,
+        BLOCK_P=SCALE_PAIRS, SCALE_BLOCK_D=SCALE_BLOCK_D,
     )  # fmt: skip
-    dv_size = R * D if dv_count > 1 else 0
-    dt_size = R * R if dt_count > 1 else 0
+    return dv_parts
+
+
+def _bwd_parts(
+    dx: Tensor, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, chain: _Chain | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dv (parts, R, D), dt (parts, R, R)); fills dx, and the chain's tensors."""
+    mode = _mode(x, v.shape[0])
+    qm, s, dt_parts = _rows_bwd(dy, v, t, p, transpose, mode)
+    fused = v.shape[0] <= FUSED_RANK
+    if not fused:
+        _combine(dx, dy, qm, v, mode)
+    return _columns_bwd(dx if fused else None, dy, x, v, t, qm, s, dt_parts, chain, mode), dt_parts
+
+
+def _sums(dv_parts: Tensor, dt_parts: Tensor) -> tuple[Tensor, Tensor]:
+    """dv and dt of their partial sums; a single part is its own sum."""
+    dv, dt = (parts[0] if len(parts) == 1 else _empty(parts.shape[1:], parts.dtype, parts.device)
+              for parts in (dv_parts, dt_parts))  # fmt: skip
+    dv_size = dv.numel() if len(dv_parts) > 1 else 0
+    dt_size = dt.numel() if len(dt_parts) > 1 else 0
     if dv_size or dt_size:
         _kernels().sum_kernel[(_cdiv(dv_size, SUM_BLOCK) + _cdiv(dt_size, SUM_BLOCK),)](
             dv_ptr=dv, dt_ptr=dt, dv_parts_ptr=dv_parts, dt_parts_ptr=dt_parts, dv_size=dv_size, dt_size=dt_size,
-            dv_parts_count=dv_count, dt_parts_count=dt_count, BLOCK=SUM_BLOCK, num_warps=4,
+            dv_parts_count=len(dv_parts), dt_parts_count=len(dt_parts), BLOCK=SUM_BLOCK, num_warps=4,
         )  # fmt: skip
+    return dv, dt
 
 
 # --- wy_factor --------------------------------------------------------------------------------------------------------
@@ -259,10 +323,10 @@ def _scale_rows(u: Tensor, pairs: bool, v: Tensor | None) -> tuple[Tensor, Tenso
     L, D, R = u.shape
     scale = _empty((L, R), torch.float64, u.device)
     phi = _empty((L, R), torch.float64, u.device)
-    _factor_kernels().scale_rows_kernel[(_cdiv(R, 16), L)](
+    _factor_kernels().scale_rows_kernel[(_cdiv(R, 2 * SCALE_PAIRS), L)](
         v_ptr=scale if v is None else v, scale_ptr=scale, phi_ptr=phi, u_ptr=u, D=D, R=R,
         stride_ul=u.stride(0), stride_ud=u.stride(1), stride_ur=u.stride(2),
-        BLOCK_P=8, BLOCK_D=SCALE_BLOCK_D, PAIRS=pairs, NEED_V=v is not None, num_warps=4, num_stages=1,
+        BLOCK_P=SCALE_PAIRS, BLOCK_D=SCALE_BLOCK_D, PAIRS=pairs, NEED_V=v is not None, num_warps=4, num_stages=1,
     )  # fmt: skip
     return scale, phi
 
@@ -270,7 +334,7 @@ def _scale_rows(u: Tensor, pairs: bool, v: Tensor | None) -> tuple[Tensor, Tenso
 def _gram(a: Tensor, b: Tensor) -> Tensor:
     """a bᵀ (L, splits, R, R) float64, each split's share, of a and b (L, R, D)."""
     L, R, D = a.shape
-    per_split = _cdiv(_cdiv(D, min(_cdiv(D, 512), GRAM_SPLITS)), GRAM_BLOCK_D) * GRAM_BLOCK_D
+    per_split = max(GRAM_COLUMNS, _cdiv(_cdiv(D, gram_splits(R)), GRAM_BLOCK_D) * GRAM_BLOCK_D)
     splits = _cdiv(D, per_split)
     g = _empty((L, splits, R, R), torch.float64, a.device)
     _factor_kernels().gram_kernel[(_cdiv(R, 16) ** 2, splits, L)](
@@ -286,7 +350,7 @@ def _gram_schmidt(g: Tensor, t: Tensor) -> Tensor:
     inverse = _empty((L, R, R), torch.float64, g.device)
     _factor_kernels().gram_schmidt_kernel[(L,)](
         inverse_ptr=inverse, t_ptr=t, g_ptr=g, R=R, num_splits=splits,
-        BLOCK_R=_power_of_two_above(R, 16), BLOCK_C=16, BLOCK_S=GRAM_SPLITS, num_warps=4, num_stages=1,
+        BLOCK_R=_power_of_two_above(R, 16), BLOCK_C=16, BLOCK_S=gram_splits(R), num_warps=4, num_stages=1,
     )  # fmt: skip
     return inverse
 
@@ -306,7 +370,7 @@ def _factor(u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
             g = _gram(v, v)
             kernels.chain_factor_kernel[(_cdiv(R, 16), L)](
                 t_ptr=t, g_ptr=g, scale_ptr=scale, phi_ptr=phi, R=R, num_splits=g.shape[1],
-                BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=GRAM_SPLITS, num_warps=factor_warps(block_r), num_stages=1,
+                BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=gram_splits(R), num_warps=factor_warps(block_r), num_stages=1,
             )  # fmt: skip
         else:
             hat = _empty((L, R, D), torch.float32, u.device)
@@ -342,11 +406,11 @@ def _factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_g
             k = _gram(dv, v)
             kernels.gram_schmidt_bwd_kernel[(_cdiv(R, 16), 1)](
                 n_ptr=w, inverse_ptr=inverse, k_ptr=k, R=R, num_splits=k.shape[1],
-                BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=GRAM_SPLITS, num_warps=4, num_stages=1,
+                BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=gram_splits(R), num_warps=4, num_stages=1,
             )  # fmt: skip
         kernels.factor_bwd_kernel[(_cdiv(D, 128), _cdiv(R, 16), 1)](
             du_ptr=du, dv_ptr=dv, v_ptr=v, w_ptr=w, inverse_ptr=inverse, scale_ptr=scale, phi_ptr=phi, D=D, R=R,
-            BLOCK_P=8, BLOCK_D=128, APPLY_GS=apply_gs, num_warps=4, num_stages=1,
+            dv_parts_count=1, BLOCK_P=8, BLOCK_D=128, APPLY_GS=apply_gs, num_warps=4, num_stages=1,
         )  # fmt: skip
     return du
 
@@ -403,17 +467,34 @@ class TritonBackend(Backend):
         self, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Two runs agree bit for bit."""
-        (M, D), R = x.shape, v.shape[0]
         _require_int_offsets("reflect_bwd", v)
-        dx = _empty((M, D), dy.dtype, dy.device)
-        dv = _empty((R, D), torch.float32, dy.device)
-        dt = _empty((R, R), torch.float32, dy.device)
-        if M == 0 or D == 0 or R == 0:
-            return dx.copy_(dy), dv.zero_(), dt.zero_()
-        v, p = v.contiguous(), p.contiguous()
+        dx = _empty(x.shape, dy.dtype, dy.device)
+        if dy.numel() == 0 or v.numel() == 0:
+            return dx.copy_(dy), torch.zeros_like(v), torch.zeros_like(t)
         with torch.cuda.device_of(x):
-            _reflect_bwd(dx, dv, dt, dy, x, v, t, p, transpose)
-        return dx, dv, dt
+            parts = _bwd_parts(dx, dy, x, v.contiguous(), t, p.contiguous(), transpose)
+            return dx, *_sums(*parts)
+
+    def chain_bwd(
+        self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, apply_gs: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Three launches up to 32 columns."""
+        if apply_gs or v.shape[0] > FUSED_BACKWARD_RANK or dy.numel() == 0 or v.numel() == 0:
+            return super().chain_bwd(dy, x, u, v, t, p, transpose, apply_gs)
+        _require_int_offsets("chain_bwd", v)
+        D, R = u.shape
+        dx, du = _empty(x.shape, dy.dtype, dy.device), _empty((D, R), u.dtype, u.device)
+        w = _empty((R + 2, R), torch.float64, u.device)
+        ds, scale, phi = w[:R], w[R], w[R + 1]
+        v, t, p = v.contiguous(), t.contiguous(), p.contiguous()
+        with torch.cuda.device_of(x):
+            dv_parts, _ = _bwd_parts(dx, dy, x, v, t, p, transpose, _Chain(u, ds, scale, phi))
+            _factor_kernels().factor_bwd_kernel[(_cdiv(D, 128), _cdiv(R, 16), 1)](
+                du_ptr=du, dv_ptr=dv_parts, v_ptr=v, w_ptr=ds, inverse_ptr=ds, scale_ptr=scale, phi_ptr=phi,
+                D=D, R=R, dv_parts_count=len(dv_parts), BLOCK_P=8, BLOCK_D=128, APPLY_GS=False, num_warps=4,
+                num_stages=1,
+            )  # fmt: skip
+        return dx, du
 
 
 BACKEND = TritonBackend()

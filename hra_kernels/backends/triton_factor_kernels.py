@@ -41,15 +41,12 @@ def _hat(u_ptr, stride_ud, stride_ur, offs_r, mask_r, offs_d, D, scale):
 
 
 @triton.jit
-def _square_sums(u_ptr, stride_ud, stride_ur, offs_r, mask_r, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    acc = tl.zeros((BLOCK_P,), tl.float64)
-    for d0 in range(0, D, BLOCK_D):
-        offs_d = d0 + tl.arange(0, BLOCK_D)
-        mask = mask_r[:, None] & (offs_d < D)[None, :]
-        u = tl.load(u_ptr + (offs_r * stride_ur)[:, None] + (offs_d * stride_ud)[None, :], mask, other=0.0)
-        wide = u.to(tl.float64)
-        acc += tl.sum(wide * wide, axis=1)
-    return acc
+def _tree_sum(a, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of rows [ROWS], bit for bit the same in every kernel: a sum of two has one order, whatever the layout."""
+    if COLUMNS == 1:
+        return tl.reshape(a, (ROWS,))
+    else:
+        return _tree_sum(tl.sum(tl.reshape(a, (ROWS, COLUMNS // 2, 2)), axis=2), ROWS, COLUMNS // 2)
 
 
 @triton.jit
@@ -57,6 +54,41 @@ def _scale(squares):
     exponent, finite = _norm_exponent(squares)
     scale = _power_of_two(tl.where(finite, -exponent, 0))
     return tl.where(exponent >= MIN_EXPONENT, scale, 0.0)
+
+
+@triton.jit
+def _pair_scales(
+    u_ptr, stride_ud, stride_ur, first, R, D,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """(u's powers of two of a pair's first and second column, φ's exponent), each [BLOCK_P]"""
+    mask_a = first < R
+    mask_b = first + 1 < R
+    acc_a = tl.zeros((BLOCK_P, BLOCK_D), tl.float64)
+    acc_b = tl.zeros((BLOCK_P, BLOCK_D), tl.float64)
+    for d0 in range(0, D, BLOCK_D):
+        offs_d = d0 + tl.arange(0, BLOCK_D)
+        mask_d = (offs_d < D)[None, :]
+        u_ptrs = u_ptr + (first * stride_ur)[:, None] + (offs_d * stride_ud)[None, :]
+        a = tl.load(u_ptrs, mask_a[:, None] & mask_d, other=0.0).to(tl.float64)
+        b = tl.load(u_ptrs + stride_ur, mask_b[:, None] & mask_d, other=0.0).to(tl.float64)
+        acc_a += a * a
+        acc_b += b * b
+    scale_a = _scale(_tree_sum(acc_a, BLOCK_P, BLOCK_D))
+    scale_b = _scale(_tree_sum(acc_b, BLOCK_P, BLOCK_D))
+    phi_exponent = tl.zeros((BLOCK_P,), tl.int64)
+    if PAIRS:
+        has_both = (scale_a != 0) & (scale_b != 0)
+        acc = tl.zeros((BLOCK_P, BLOCK_D), tl.float64)
+        for d0 in range(0, D, BLOCK_D):
+            offs_d = d0 + tl.arange(0, BLOCK_D)
+            a = _hat(u_ptr, stride_ud, stride_ur, first, mask_a, offs_d, D, scale_a)
+            b = _hat(u_ptr, stride_ud, stride_ur, first + 1, mask_b, offs_d, D, scale_b)
+            d = tl.where(has_both[:, None], b - a, b).to(tl.float64)
+            acc += d * d
+        exponent, finite = _norm_exponent(_tree_sum(acc, BLOCK_P, BLOCK_D))
+        phi_exponent = tl.where(finite & (exponent >= MIN_EXPONENT), exponent, 0)
+    return scale_a, scale_b, phi_exponent
 
 
 @triton.jit
@@ -73,22 +105,11 @@ def scale_rows_kernel(
     second = first + 1
     mask_a = first < R
     mask_b = second < R
-    scale_a = _scale(_square_sums(u_ptr, stride_ud, stride_ur, first, mask_a, D, BLOCK_P, BLOCK_D))
-    scale_b = _scale(_square_sums(u_ptr, stride_ud, stride_ur, second, mask_b, D, BLOCK_P, BLOCK_D))
+    scale_a, scale_b, phi_exponent = _pair_scales(u_ptr, stride_ud, stride_ur, first, R, D, BLOCK_P, BLOCK_D, PAIRS)
+    has_both = (scale_a != 0) & (scale_b != 0)
     tl.store(scale_ptr + layer * R + first, scale_a, mask_a)
     tl.store(scale_ptr + layer * R + second, scale_b, mask_b)
-    has_both = (scale_a != 0) & (scale_b != 0)
-    phi_exponent = tl.zeros((BLOCK_P,), tl.int64)
     if PAIRS:
-        acc = tl.zeros((BLOCK_P,), tl.float64)
-        for d0 in range(0, D, BLOCK_D):
-            offs_d = d0 + tl.arange(0, BLOCK_D)
-            a = _hat(u_ptr, stride_ud, stride_ur, first, mask_a, offs_d, D, scale_a)
-            b = _hat(u_ptr, stride_ud, stride_ur, second, mask_b, offs_d, D, scale_b)
-            d = tl.where(has_both[:, None], b - a, b).to(tl.float64)
-            acc += tl.sum(d * d, axis=1)
-        exponent, finite = _norm_exponent(acc)
-        phi_exponent = tl.where(finite & (exponent >= MIN_EXPONENT), exponent, 0)
         tl.store(phi_ptr + layer * R + first, _power_of_two(phi_exponent), mask_a)
     if NEED_V:
         inverse_phi = _power_of_two(-phi_exponent)
@@ -308,13 +329,69 @@ def _load_ds(ds_ptr, row, k, mask, R):
 
 
 @triton.jit
+def _sum_of_parts(
+    parts_ptr, num_parts, offs_i, mask_i, offs_j, mask_j, columns, rows, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """[BLOCK_I, BLOCK_J] of the sum of (parts, rows, columns) float32, one part after the other"""
+    acc = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    offsets = (offs_i * columns)[:, None] + offs_j[None, :]
+    mask = mask_i[:, None] & mask_j[None, :]
+    for part in range(0, num_parts):
+        acc += tl.load(parts_ptr + tl.cast(part, tl.int64) * rows * columns + offsets, mask, other=0.0)
+    return acc
+
+
+@triton.jit
+def _chain_ds(t_ptr, dt, offs_i, offs_j, R, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Rows offs_i of ds = -tᵀ dt tᵀ, float64 [BLOCK_I, BLOCK_J], of dt [BLOCK_J, BLOCK_J] float32"""
+    mask_i = offs_i < R
+    mask_j = offs_j < R
+    left = tl.zeros((BLOCK_I, BLOCK_J), tl.float64)  # tᵀ dt
+    for k in range(0, R):
+        t = tl.load(t_ptr + k * R + offs_i, mask_i, other=0.0).to(tl.float64)
+        row = tl.sum(tl.where((offs_j == k)[:, None], dt, 0.0), axis=0)
+        left += t[:, None] * row.to(tl.float64)[None, :]
+    ds = tl.zeros((BLOCK_I, BLOCK_J), tl.float64)
+    for k in range(0, R):
+        column = tl.sum(tl.where((offs_j == k)[None, :], left, 0.0), axis=1)
+        t = tl.load(t_ptr + offs_j * R + k, mask_j, other=0.0).to(tl.float64)
+        ds -= column[:, None] * t[None, :]
+    return ds
+
+
+@triton.jit
+def chain_bwd_share(
+    job, ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,
+    # (R, R) (R,) (R,) float64, (D, R), (R, R), (parts, R, R) float32
+    D, R, stride_ud, stride_ur, dt_parts_count,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """What `factor_bwd_kernel` needs of one chain, for another kernel's idle program: job 0 is ds, the others pairs."""
+    if job == 0:
+        offs = tl.arange(0, BLOCK_R)
+        mask = offs < R
+        dt = _sum_of_parts(dt_parts_ptr, dt_parts_count, offs, mask, offs, mask, R, R, BLOCK_R, BLOCK_R)
+        ds = _chain_ds(t_ptr, dt, offs, offs, R, BLOCK_R, BLOCK_R)
+        tl.store(ds_ptr + (offs * R)[:, None] + offs[None, :], ds, mask[:, None] & mask[None, :])
+    else:
+        first = 2 * ((job - 1) * BLOCK_P + tl.arange(0, BLOCK_P))
+        scale_a, scale_b, phi_exponent = _pair_scales(u_ptr, stride_ud, stride_ur, first, R, D, BLOCK_P, BLOCK_D, True)
+        tl.store(scale_ptr + first, scale_a, first < R)
+        tl.store(scale_ptr + first + 1, scale_b, first + 1 < R)
+        tl.store(phi_ptr + first, _power_of_two(phi_exponent), first < R)
+
+
+@triton.jit(do_not_specialize=["dv_parts_count"])
 def factor_bwd_kernel(
     du_ptr, dv_ptr, v_ptr, w_ptr, inverse_ptr, scale_ptr, phi_ptr,
-    # (L, D, R) u's dtype, (L, R, D) (L, R, D) float32, (L, R, R) (L, R, R) (L, R) (L, R) float64
-    D, R,
+    # (L, D, R) u's dtype, (parts, R, D) or (L, R, D), (L, R, D) float32, (L, R, R) (L, R, R) (L, R) (L, R) float64
+    D, R, dv_parts_count,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, APPLY_GS: tl.constexpr,
 ):  # fmt: skip
-    """du from dûᵀ = dv + (dg + dgᵀ) v, w = ds (chain), or dûᵀ = l⁻ᵀ dv + w v, w = n (Gram-Schmidt)."""
+    """du from dûᵀ = dv + (dg + dgᵀ) v, w = ds (chain), or dûᵀ = l⁻ᵀ dv + w v, w = n (Gram-Schmidt).
+
+    dv may be left in partial sums, of one chain; they are added in the order of `sum_kernel`.
+    """
     layer = tl.program_id(2).to(tl.int64)
     v_ptr += layer * R * D
     dv_ptr += layer * R * D
@@ -346,8 +423,8 @@ def factor_bwd_kernel(
         acc_b += w_b[:, None] * v
     if not APPLY_GS:
         mask = mask_d[None, :]
-        acc_a += tl.load(dv_ptr + (first * D)[:, None] + offs_d[None, :], mask_a[:, None] & mask, other=0.0)
-        acc_b += tl.load(dv_ptr + (second * D)[:, None] + offs_d[None, :], mask_b[:, None] & mask, other=0.0)
+        acc_a += _sum_of_parts(dv_ptr, dv_parts_count, first, mask_a, offs_d, mask_d, D, R, BLOCK_P, BLOCK_D)
+        acc_b += _sum_of_parts(dv_ptr, dv_parts_count, second, mask_b, offs_d, mask_d, D, R, BLOCK_P, BLOCK_D)
         has_both = (scale_a != 0) & (scale_b != 0)
         phi = tl.load(phi_ptr + layer * R + first, mask_a, other=1.0)
         above = tl.load(w_ptr + first * R + second, has_both, other=0.0)

@@ -21,6 +21,8 @@ Where one is, float16 operands are scaled by powers of two, which is exact.
 import triton
 import triton.language as tl
 
+from hra_kernels.backends.triton_factor_kernels import chain_bwd_share
+
 
 @triton.jit
 def _rank_offsets(R, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr):
@@ -86,17 +88,18 @@ def _combine_rows(s, v, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def _project(
-    x_ptr, v_ptr, row_offsets, mask_m, D, stride_vr, offs_r, mask_r, is_hi,
+    x_ptr, v_ptr, row_offsets, mask_m, D, R,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr, V_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x vᵀ [BLOCK_M, BLOCK_R] over all of D; with SPLIT = 1 its halves are yet to be added"""
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    offs_r, mask_r, is_hi = _rank_offsets(R, BLOCK_R, SPLIT)
     for d0 in range(0, D, BLOCK_D):
         offs_d = d0 + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         x = tl.load(x_ptr + row_offsets[:, None] + offs_d[None, :], mask_m[:, None] & mask_d[None, :], other=0.0)
-        v = tl.load(v_ptr + (offs_r * stride_vr)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], 0.0)
+        v = tl.load(v_ptr + (offs_r * D)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], other=0.0)
         acc = _times_rows(x, v * V_SCALE, is_hi, acc, SPLIT, PRECISION)
     return acc * (1.0 / V_SCALE)
 
@@ -113,39 +116,40 @@ def reflect_kernel(
     y_ptr, p_ptr, x_ptr, v_ptr, m_ptr,    # (M, D) (M, R) (M, D) (R, D) (R, R)
     M, D, R, stride_ym, stride_xm, stride_mi, stride_mj,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
-    V_SCALE: tl.constexpr, PRECISION: tl.constexpr, NEED_P: tl.constexpr,
+    V_SCALE: tl.constexpr, PRECISION: tl.constexpr, NEED_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = x - (x vᵀ) m v and p = x vᵀ for R <= BLOCK_R."""
-    pid_m = tl.program_id(0).to(tl.int64)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < M
+    """y = x - (x vᵀ) m v and p = x vᵀ for R <= BLOCK_R. The grid holds as many row blocks as L2 does, or all."""
     offs_r, mask_r, is_hi = _rank_offsets(R, BLOCK_R, SPLIT)
-    p = _project(
-        x_ptr, v_ptr, offs_m * stride_xm, mask_m, D, D, offs_r, mask_r, is_hi,
-        BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
-    )  # fmt: skip
-    # the columns of p repeat themselves with SPLIT = 1, so do rows and columns of m: the product adds the halves of p
-    # and yields s twice, once for the hi and once for the lo rows of v
-    m = _load_m(m_ptr, stride_mi, stride_mj, offs_r, mask_r, offs_r, mask_r)
-    s = tl.dot(p, m, input_precision=PRECISION)
-    if NEED_P:
-        if SPLIT == 1:
-            offs_p = tl.arange(0, BLOCK_R // 2)
-            p = _fold(p, BLOCK_M, BLOCK_R)
-            tl.store(p_ptr + (offs_m * R)[:, None] + offs_p[None, :], p, mask_m[:, None] & (offs_p < R)[None, :])
-        else:
-            tl.store(p_ptr + (offs_m * R)[:, None] + offs_r[None, :], p, mask_m[:, None] & mask_r[None, :])
     num_d = tl.cdiv(D, BLOCK_D)
-    for i in range(0, num_d):
-        offs_d = (num_d - 1 - i) * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        mask = mask_m[:, None] & mask_d[None, :]
-        v = tl.load(v_ptr + (offs_r * D)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], other=0.0)
-        x_ptrs = x_ptr + (offs_m * stride_xm)[:, None] + offs_d[None, :]
-        x = tl.load(x_ptrs, mask, other=0.0, eviction_policy="evict_first")
-        acc = _combine_rows(s, v, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
-        y = (x.to(tl.float32) - acc).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + (offs_m * stride_ym)[:, None] + offs_d[None, :], y, mask, eviction_policy="evict_first")
+    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+        offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        p = _project(
+            x_ptr, v_ptr, offs_m * stride_xm, mask_m, D, R,
+            BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
+        )  # fmt: skip
+        # the columns of p repeat themselves with SPLIT = 1, so do rows and columns of m: the product adds the halves
+        # of p and yields s twice, once for the hi and once for the lo rows of v
+        m = _load_m(m_ptr, stride_mi, stride_mj, offs_r, mask_r, offs_r, mask_r)
+        s = tl.dot(p, m, input_precision=PRECISION)
+        if NEED_P:
+            if SPLIT == 1:
+                offs_p = tl.arange(0, BLOCK_R // 2)
+                p = _fold(p, BLOCK_M, BLOCK_R)
+                tl.store(p_ptr + (offs_m * R)[:, None] + offs_p[None, :], p, mask_m[:, None] & (offs_p < R)[None, :])
+            else:
+                tl.store(p_ptr + (offs_m * R)[:, None] + offs_r[None, :], p, mask_m[:, None] & mask_r[None, :])
+        # a loop that names its stages has all of its loads pipelined, not only those that are multiplied
+        for i in tl.range(0, num_d, num_stages=STAGES):
+            offs_d = (num_d - 1 - i) * BLOCK_D + tl.arange(0, BLOCK_D)
+            mask_d = offs_d < D
+            mask = mask_m[:, None] & mask_d[None, :]
+            v = tl.load(v_ptr + (offs_r * D)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], other=0.0)
+            x_ptrs = x_ptr + (offs_m * stride_xm)[:, None] + offs_d[None, :]
+            x = tl.load(x_ptrs, mask, other=0.0, eviction_policy="evict_first")
+            acc = _combine_rows(s, v, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
+            y = (x.to(tl.float32) - acc).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + (offs_m * stride_ym)[:, None] + offs_d[None, :], y, mask, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -163,9 +167,9 @@ def project_kernel(
     pid_m = (tl.program_id(0) // num_r).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    offs_r, mask_r, is_hi = _rank_offsets(R - r0, BLOCK_R, SPLIT)
+    offs_r, mask_r, _ = _rank_offsets(R - r0, BLOCK_R, SPLIT)
     p = _project(
-        x_ptr, v_ptr + r0.to(tl.int64) * D, offs_m * stride_xm, mask_m, D, D, offs_r, mask_r, is_hi,
+        x_ptr, v_ptr + r0.to(tl.int64) * D, offs_m * stride_xm, mask_m, D, R - r0,
         BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
     )  # fmt: skip
     tl.store(p_ptr + (offs_m * R)[:, None] + (r0 + offs_r)[None, :], p, mask_m[:, None] & mask_r[None, :])
@@ -180,7 +184,7 @@ def backward_rows_kernel(
 ):  # fmt: skip
     """q mᵀ for q = dy vᵀ, s = p m, and each program's share of dt, which is -pᵀ q or its transpose; R <= BLOCK_R."""
     pid = tl.program_id(0)
-    offs_r, mask_r, is_hi = _rank_offsets(R, BLOCK_R, SPLIT)
+    offs_r, mask_r, _ = _rank_offsets(R, BLOCK_R, SPLIT)
     offs_k = tl.arange(0, BLOCK_R)
     mask_k = offs_k < R
     acc_dm = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
@@ -188,7 +192,7 @@ def backward_rows_kernel(
         offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         q = _project(
-            dy_ptr, v_ptr, offs_m * stride_dym, mask_m, D, D, offs_r, mask_r, is_hi,
+            dy_ptr, v_ptr, offs_m * stride_dym, mask_m, D, R,
             BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
         )  # fmt: skip
         offsets = (offs_m * R)[:, None] + offs_k[None, :]
@@ -210,18 +214,18 @@ def backward_rows_kernel(
 
 
 @triton.jit
-def _transposed_product(s, x, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + sᵀ x for s [BLOCK_M, BLOCK_R] float32, which repeats itself with SPLIT = 1, and x [BLOCK_M, BLOCK_D]"""
+def _transposed_product(s_t, x, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + sᵀ x for sᵀ [BLOCK_R, BLOCK_M] float32, which repeats itself with SPLIT = 1, and x [BLOCK_M, BLOCK_D]"""
     if SPLIT == 0:
-        return tl.dot(tl.trans(s), x, acc, input_precision=PRECISION)
-    scaled = s
+        return tl.dot(s_t, x, acc, input_precision=PRECISION)
+    scaled = s_t
     if x.dtype == tl.float16:
-        # each column by the power of two that brings its largest entry into [1, 2)
-        bits = tl.max(tl.abs(s), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
+        # each row by the power of two that brings its largest entry into [1, 2)
+        bits = tl.max(tl.abs(s_t), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
         bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
-        scaled = s * ((254 << 23) - bits).to(tl.float32, bitcast=True)[None, :]
+        scaled = s_t * ((254 << 23) - bits).to(tl.float32, bitcast=True)[:, None]
     if SPLIT == 1:
-        product_of = tl.trans(_packed(scaled, is_hi[None, :], x.dtype))
+        product_of = _packed(scaled, is_hi[:, None], x.dtype)
         if x.dtype == tl.float16:
             return acc + tl.dot(product_of, x) * bits.to(tl.float32, bitcast=True)[:, None]
         else:
@@ -229,23 +233,19 @@ def _transposed_product(s, x, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.con
     else:
         hi, lo = _split(scaled, x.dtype)
         if x.dtype == tl.float16:
-            product = tl.dot(tl.trans(hi), x, tl.dot(tl.trans(lo), x))
+            product = tl.dot(hi, x, tl.dot(lo, x))
             return acc + product * bits.to(tl.float32, bitcast=True)[:, None]
         else:
-            return tl.dot(tl.trans(hi), x, tl.dot(tl.trans(lo), x, acc))
+            return tl.dot(hi, x, tl.dot(lo, x, acc))
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_split"])
-def backward_columns_kernel(
-    dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,    # (M, D) (splits, R, D) (M, D) (M, D) (R, D) (M, R) (M, R)
-    M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
+@triton.jit
+def _backward_columns(
+    dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,
+    split, pid_d, M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, NEED_DX: tl.constexpr,
+    PRECISION: tl.constexpr, NEED_DX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx = dy - qm v (R <= BLOCK_R only) and this split's share of dv = -(sᵀ dy + qmᵀ x), for BLOCK_D columns."""
-    split = tl.program_id(0)
-    # the last columns first: `backward_rows_kernel` has read them last, and L2 may still hold them
-    pid_d = tl.num_programs(1) - 1 - tl.program_id(1)
     r0 = tl.program_id(2) * BLOCK_R
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -255,20 +255,23 @@ def backward_columns_kernel(
     acc_dv = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     start = split.to(tl.int64) * rows_per_split
     end = tl.minimum(start + rows_per_split, M)
-    for m0 in range(start, end, BLOCK_M):
+    for m0 in tl.range(start, end, BLOCK_M, num_stages=STAGES):
         offs_m = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < end
         mask = mask_m[:, None] & mask_d[None, :]
         dy = tl.load(dy_ptr + (offs_m * stride_dym)[:, None] + offs_d[None, :], mask, other=0.0)
         x_ptrs = x_ptr + (offs_m * stride_xm)[:, None] + offs_d[None, :]
         x = tl.load(x_ptrs, mask, other=0.0, eviction_policy="evict_first")
-        r_offsets = (offs_m * R)[:, None] + (r0 + offs_r)[None, :]
-        mask_s = mask_m[:, None] & mask_r[None, :]
-        qm = tl.load(qm_ptr + r_offsets, mask_s, other=0.0)
-        s = tl.load(s_ptr + r_offsets, mask_s, other=0.0)
-        acc_dv = _transposed_product(s, dy, is_hi, acc_dv, SPLIT, PRECISION)
-        acc_dv = _transposed_product(qm, x, is_hi, acc_dv, SPLIT, PRECISION)
+        # qm is read twice, as each product wants it: a load with two layouts to serve is not pipelined
+        offsets_t = (r0 + offs_r)[:, None] + (offs_m * R)[None, :]
+        mask_t = mask_r[:, None] & mask_m[None, :]
+        s_t = tl.load(s_ptr + offsets_t, mask_t, other=0.0)
+        qm_t = tl.load(qm_ptr + offsets_t, mask_t, other=0.0)
+        acc_dv = _transposed_product(s_t, dy, is_hi, acc_dv, SPLIT, PRECISION)
+        acc_dv = _transposed_product(qm_t, x, is_hi, acc_dv, SPLIT, PRECISION)
         if NEED_DX:
+            r_offsets = (offs_m * R)[:, None] + (r0 + offs_r)[None, :]
+            qm = tl.load(qm_ptr + r_offsets, mask_m[:, None] & mask_r[None, :], other=0.0)
             acc = _combine_rows(qm, v, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
             dx = (dy.to(tl.float32) - acc).to(dx_ptr.dtype.element_ty)
             dx_ptrs = dx_ptr + (offs_m * stride_dxm)[:, None] + offs_d[None, :]
@@ -280,6 +283,43 @@ def backward_columns_kernel(
         tl.store(dv_ptrs + (offs_h * D)[:, None] + offs_d[None, :], -acc_dv, (offs_h < R)[:, None] & mask_d[None, :])
     else:
         tl.store(dv_ptrs + (offs_r * D)[:, None] + offs_d[None, :], -acc_dv, mask_r[:, None] & mask_d[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split", "dt_parts_count"])
+def backward_columns_kernel(
+    dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,    # (M, D) (splits, R, D) (M, D) (M, D) (R, D) (M, R) (M, R)
+    ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,    # of `chain_bwd_share`, if CHAIN
+    M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm, stride_ud, stride_ur, dt_parts_count,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, NEED_DX: tl.constexpr, STAGES: tl.constexpr,
+    CHAIN: tl.constexpr, BLOCK_P: tl.constexpr, SCALE_BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dx = dy - qm v (R <= BLOCK_R only) and this split's share of dv = -(sᵀ dy + qmᵀ x), for BLOCK_D columns.
+
+    With CHAIN there is one strip more than D has: its programs do what else the chain's gradient needs, at once.
+    """
+    split = tl.program_id(0)
+    # the last columns first: `backward_rows_kernel` has read them last, and L2 may still hold them
+    pid_d = tl.num_programs(1) - 1 - tl.program_id(1)
+    if CHAIN:
+        if pid_d * BLOCK_D >= D:
+            for job in range(split, 1 + tl.cdiv(R, 2 * BLOCK_P), tl.num_programs(0)):
+                chain_bwd_share(
+                    job, ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,
+                    D, R, stride_ud, stride_ur, dt_parts_count, BLOCK_R, BLOCK_P, SCALE_BLOCK_D,
+                )  # fmt: skip
+        else:
+            _backward_columns(
+                dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,
+                split, pid_d, M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
+                BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, PRECISION, NEED_DX, STAGES,
+            )  # fmt: skip
+    else:
+        _backward_columns(
+            dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,
+            split, pid_d, M, D, R, rows_per_split, stride_dxm, stride_dym, stride_xm,
+            BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, PRECISION, NEED_DX, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])

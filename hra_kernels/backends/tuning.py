@@ -8,11 +8,13 @@ NOT YET MEASURED ON A GPU. What is checked without one: every line of an archite
 spill, with matrix instructions and 16-byte accesses; `python -m tests.triton.machine_code` prints the registers.
 
 The reasoning behind the tiles, for an H100 (132 multiprocessors, 50 MB of L2, 3.0 TB/s):
-  * the second sweep finds x in L2 only while the rows in flight fit, of which the reverse order saves part where they
-    do not. The lines count one program per multiprocessor, 132 * block_m * D * 2 bytes; where registers let four
-    reside, four times as much is in flight, and the share read twice from memory is larger than they say;
+  * the second sweep finds x in L2 only while the rows in flight fit, so the grid has no more programs than that, and at
+    least one per multiprocessor, which go from row block to row block: 132 * block_m * D * 2 bytes. The reverse order
+    saves a part where even those do not fit. One program has to hide its own latency: two tiles on their way beside
+    the one in use, 16 KB each where registers let them;
   * a program reads all of v (4 R D bytes) in each sweep, from L2: with R = 8 as many bytes as 16 rows of bfloat16 x, so
-    a larger block_m halves that traffic; L2 gives about twice what device memory does;
+    a larger block_m halves that traffic; L2 gives about twice what device memory does. Reading each row once and
+    making [hi | lo] of it on chip was tried: 20 % fewer bytes, but 40 % more instructions, in 4-byte stores;
   * few rows are few programs: the smallest block_m, and wide tiles for fewer steps, because latency is all there is;
   * a tile of x, its float32 update and v's two halves live in 255 registers per thread;
   * `backward_rows` sweeps once, so L2 does not limit its rows: 64 of them, for v's sake; in `backward_columns` a strip
@@ -82,6 +84,9 @@ serves. They need the clusters of sm_90; bench/gpu/notes.md has the predictions.
 PRODUCT_CONFIG = LaunchConfig(64, 32, 8, 2)
 """`product_kernel`: tiles of 64 x 64, 32 of the inner axis per step; spills with 4 warps on sm_80."""
 
+L2_SHARE = 0.75
+"""Of L2, for the rows of x between `reflect_kernel`'s two sweeps; v, p and y, which leaves first, take the rest."""
+
 COLUMN_PROGRAMS = 1024
 """Programs `backward_columns_kernel` is divided into: 4 waves of 2 per multiprocessor. Their dv partials are 4 MB at
 R = 8, D = 4096, where M = 8192 rows of x, dy and dx are 201 MB. Constant, so that sums have one order on every GPU."""
@@ -92,17 +97,25 @@ ROW_PROGRAMS = 512
 GRAM_BLOCK_D = 16
 """`gram_kernel`: 16 x 16 x 16 float64 products per step, 16 per thread of 8 warps; 32 per thread spill on sm_120."""
 
-GRAM_SPLITS = 16
-"""Most splits of D in `gram_kernel`, of at least 512 columns each."""
+GRAM_COLUMNS = 64
+"""Least columns of a split in `gram_kernel`: 4 steps one after the other, of which each takes a latency of memory."""
 
-SCALE_BLOCK_D = 128
-"""`scale_rows_kernel`: 8 pairs x 128 columns per step, 8 float64 per thread."""
+SCALE_BLOCK_D = 1024
+"""`scale_rows_kernel`: 8 float64 per thread and column; its three sweeps are 4 steps each at D = 4096."""
+
+SCALE_PAIRS = 1
+"""Pairs of columns per program of `scale_rows_kernel`: all of them side by side, whose steps are latency alone."""
 
 SUM_BLOCK = 512
 """`sum_kernel`: 16 bytes per thread and load."""
 
 SHAPES_OF_EVERY_LINE = ((64, 4096), (8192, 2048), (8192, 4096), (8192, 16384))
 """(M, D) that between them reach every line of `CONFIGS`."""
+
+
+def gram_splits(rank: int) -> int:
+    """Most splits of D in `gram_kernel`: few columns are few programs; of many, the partial sums are R x R each."""
+    return 64 if rank <= 32 else 16
 
 
 def factor_warps(block_r: int) -> int:

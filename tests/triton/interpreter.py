@@ -124,3 +124,4 @@ def coarse_tiles(request, monkeypatch):
         monkeypatch.setattr(tuning, "CONFIGS", {tuning.DEFAULT: dict.fromkeys(_SHIPPED, _COARSE)})
         monkeypatch.setattr(triton_backend, "GRAM_BLOCK_D", 128)
         monkeypatch.setattr(triton_backend, "SCALE_BLOCK_D", 512)
+        monkeypatch.setattr(triton_backend, "SCALE_PAIRS", 2)

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 from hra_kernels.backends import triton as triton_backend
 from hra_kernels.backends import triton_factor_kernels, triton_kernels, tuning
 from tests.triton import wgmma
+from tests.triton.loops import Loop, machine_loops, steady_loops
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,6 +51,9 @@ class Launch:
     constants: tuple[tuple[str, object], ...]
     aligned: tuple[int, ...]
     options: tuple[tuple[str, int], ...]
+
+    def is_16_bit(self) -> bool:
+        return not {"*bf16", "*fp16"}.isdisjoint(kind for _, kind in self.signature)
 
     def __str__(self) -> str:
         constants = dict(self.constants)
@@ -141,6 +145,7 @@ def call_reflect(M: int, D: int, R: int, dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:  # the same kernel without p
         triton_backend.BACKEND.reflect_dx(x, v, t, True)
     triton_backend.BACKEND.reflect_bwd(x, x, v, t, p, True)
+    triton_backend.BACKEND.chain_bwd(x, x, empty(D, R), v, t, p, True, False)
 
 
 def call_factor(D: int, R: int, apply_gs: bool) -> None:
@@ -148,6 +153,10 @@ def call_factor(D: int, R: int, apply_gs: bool) -> None:
     v, t = torch.empty(R, D, device="meta"), torch.empty(R, R, device="meta")
     triton_backend.BACKEND.wy_factor(u, apply_gs)
     triton_backend.BACKEND.wy_factor_bwd(v, t, u, v, t, apply_gs)
+
+
+def _listed(values: Iterable) -> str:
+    return ",".join(map(str, values))
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,13 @@ class Compiled:
     matrix: str
     wide: int
     overwritten: int
+    loops: tuple[Loop, ...]
+    barriers: tuple[int, ...]
+    """In each steady loop, as `loops`."""
+
+    def waits(self) -> str:
+        """The least number of copies that stay on their way in each steady loop."""
+        return _listed(min(loop.outstanding, default="-") for loop in self.loops)
 
     def problems(self) -> list[str]:
         """Why this launch must not ship; empty where it may."""
@@ -177,6 +193,8 @@ class Compiled:
             found.append("no 16-byte access")
         if self.overwritten:
             found.append(f"{self.overwritten} instructions write registers that a running wgmma uses")
+        if self.launch.is_16_bit():  # arithmetic binds the others
+            found += [problem for loop in self.loops for problem in loop.problems()]
         return found
 
 
@@ -218,11 +236,16 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
             int(re.search(rf"\.{field}:\s+(\d+)", assembly).group(1))
             for field in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
         )
+    loops, barriers = [], []
+    if target.startswith("sm_") and launch.kernel in MATRIX_KERNELS:
+        loops = steady_loops(compiled.asm["ttgir"])
+        barriers = [sum(n for name, n in loop.items() if name.startswith("BAR")) for loop in machine_loops(assembly)]
     matrix = Counter(re.findall(MATRIX, assembly)).most_common(1)
     return Compiled(
         launch, target, compiled.metadata.shared, registers, stack, spills,
         f"{matrix[0][0].rstrip('_')} x {matrix[0][1]}" if matrix else "", len(re.findall(WIDE, assembly)),
         len(wgmma.overwritten(assembly)),
+        tuple(loops), tuple(barriers),
     )  # fmt: skip
 
 
@@ -240,11 +263,12 @@ def compile_all(targets: list[str], kernels: str = "", workers: int = 2) -> list
 def table(results: list[Compiled]) -> str:
     """Aligned lines, one per launch and target."""
     width = max(len(str(result.launch)) for result in results)
-    lines = [f"{'launch':{width}}  target  regs  shared  stack  spills  16-byte  matrix instructions"]
+    lines = [f"{'launch':{width}}  target  regs  shared  stack  spills  16-byte  waits  barriers  matrix instructions"]
     for result in results:
         lines.append(
             f"{result.launch!s:{width}}  {result.target:6}  {result.registers:4}  {result.shared:6}  {result.stack:5}"
-            f"  {result.spills:6}  {result.wide:7}  {result.matrix:20} {'; '.join(result.problems())}"
+            f"  {result.spills:6}  {result.wide:7}  {result.waits():5}  {_listed(result.barriers):8}"
+            f"  {result.matrix:20} {'; '.join(result.problems())}"
         )
     return "\n".join(lines)
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from hra_kernels import ops, reference
 from hra_kernels.backends import triton as triton_backend
-from hra_kernels.backends import triton_kernels, tuning
+from hra_kernels.backends import triton_factor_kernels, triton_kernels, tuning
 from hra_kernels.testing.cases import make_u
 from hra_kernels.testing.tolerance import assert_accurate, orthogonality, relative, rounding
 
@@ -178,9 +178,8 @@ def test_many_layers_share_launches(monkeypatch):
         torch.testing.assert_close(t, expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_launches(dtype, monkeypatch):
-    """One launch forward; two backward where one program holds every row, one more where sums are left to add."""
+def count_launches(monkeypatch) -> list[str]:
+    """A list that fills with the names of the kernels that are launched."""
     counted = []
 
     class Counted:
@@ -191,13 +190,69 @@ def test_launches(dtype, monkeypatch):
             counted.append(self.name)
             return self.kernel[grid]
 
-    for name, kernel in vars(triton_kernels).copy().items():
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(triton_kernels, name, Counted(name, kernel))
+    for module in (triton_kernels, triton_factor_kernels):
+        for name, kernel in vars(module).copy().items():
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, Counted(name, kernel))
+    return counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_launches(dtype, monkeypatch):
+    """One launch forward; two backward where one program holds every row, one more where sums are left to add."""
+    counted = count_launches(monkeypatch)
     for M, launches in [(1, 3), (200, 4)]:
         counted.clear()
         reflect_all(TRITON, *reflect_inputs(M, 40, 8, dtype), True)
         assert len(counted) == launches, counted
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(33, 70, 1), (200, 131, 8), (70, 40, 19), (9, 40, 33), (0, 40, 3)], ids=str)
+def test_backward_of_a_chain_is_bitwise_that_of_its_parts(shape, dtype, guarded):
+    """At once, du among the launches of dx: the same bits as dv and dt on their own, then du."""
+    M, D, R = shape
+    x, dy, *_ = reflect_inputs(M, D, R, dtype)
+    u = seeded_u(D, R, "scales")
+    for transpose, apply_gs in ((False, False), (True, False), (True, True)):
+        v, t = TRITON.wy_factor(u, apply_gs)
+        _, p = TRITON.reflect_fwd(x, v, t, transpose)
+        at_once = TRITON.chain_bwd(in_poison(dy), in_poison(x, 3), in_poison(u), v, t, p, transpose, apply_gs)
+        dx, dv, dt = TRITON.reflect_bwd(dy, x, v, t, p, transpose)
+        assert torch.equal(at_once[0], dx)
+        assert torch.equal(at_once[1], TRITON.wy_factor_bwd(dv, dt, u, v, t, apply_gs))
+    assert not guarded()
+
+
+@pytest.mark.parametrize("R", [8, 19])
+def test_launches_of_a_training_step(R, monkeypatch):
+    """Four for a layer up to 32 columns, at any number of rows."""
+    counted = count_launches(monkeypatch)
+    for M in (1, 200):
+        counted.clear()
+        x, dy, v, t = reflect_inputs(M, 40, R, torch.bfloat16)
+        _, p = TRITON.reflect_fwd(x, v, t, True)
+        TRITON.chain_bwd(dy, x, torch.ones(40, R), v, t, p, True, False)
+        assert counted == ["reflect_kernel", "backward_rows_kernel", "backward_columns_kernel", "factor_bwd_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_few_programs_go_over_all_rows(dtype, monkeypatch):
+    """A chip whose L2 holds less than a row block: each of its three processors takes every third block."""
+    x, _, v, t = reflect_inputs(7 * 64 - 5, 40, 8, dtype)
+    at_once = TRITON.reflect_fwd(x, v, t, True)
+    monkeypatch.setattr(triton_backend, "_chip", lambda device: (3, 1))
+    assert triton_backend._most_row_blocks(x, 64) == 3
+    for expected, got in zip(at_once, TRITON.reflect_fwd(x, v, t, True), strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_rows_in_flight_fit_l2(monkeypatch):
+    """132 processors, 50 MB of L2: one program each where rows are wide, more where they are narrow."""
+    monkeypatch.setattr(triton_backend, "_chip", lambda device: (132, 50 * 2**20))
+    for D, block_m, each in ((4096, 32, 1), (16384, 16, 1), (2048, 64, 1), (1024, 16, 9)):
+        x = torch.empty(8192, D, dtype=torch.bfloat16, device="meta")
+        assert triton_backend._most_row_blocks(x, block_m) == 132 * each
 
 
 SHIPPED = sorted(

@@ -4,9 +4,12 @@ Shared memory under the chip's limit, no spills, matrix instructions and 16-byte
 table is printed: `TRITON_INTERPRET=0 pytest -s -m slow` of this file, or `python -m tests.triton.machine_code`.
 """
 
+import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,9 @@ pytest.importorskip("triton")
 from hra_kernels.backends import tuning
 from tests.triton import machine_code
 from tests.triton import releases as triton_releases
+
+MOST_BARRIERS = {"reflect_kernel": (2, 10), "backward_rows_kernel": (3,), "backward_columns_kernel": (12,)}
+"""In each steady loop on sm_90 at 8192 x 4096, R = 8: counted when the loops were last changed."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,3 +86,62 @@ def test_each_architecture_is_gated_against_its_own_table(monkeypatch):
         return any(("BLOCK_D", 512) in launch.constants for launch in options)
 
     assert has_it("sm_90") and not any(has_it(target) for target in machine_code.TARGETS if target != "sm_90")
+
+
+def compiled(kernel: str, target: str = "sm_90", rank: int = 8, **changed: int) -> machine_code.Compiled:
+    """The launch of `kernel` at 8192 x 4096 in bfloat16, with other constants or options where they are given."""
+    call = lambda: machine_code.call_reflect(8192, 4096, rank, machine_code.torch.bfloat16)  # noqa: E731
+    launch = next(launch for launch in machine_code.launches_of(call, target) if launch.kernel == kernel)
+    constants, options = (
+        tuple((name, changed.get(name, value)) for name, value in pairs) for pairs in (launch.constants, launch.options)
+    )
+    return machine_code.compile_launch(dataclasses.replace(launch, constants=constants, options=options), target)
+
+
+def test_a_pipeline_that_waits_for_all_copies_is_rejected():
+    """Two stages, as the backward once had: the next tile is asked for when the last one has been used up."""
+    assert not compiled("backward_rows_kernel").problems()
+    assert compiled("backward_rows_kernel", num_stages=2).problems() == ["a wait for all copies"]
+
+
+def test_a_second_sweep_that_loads_x_where_it_is_used_is_rejected(monkeypatch, tmp_path):
+    """As it once did: without stages of its own, a loop pipelines only the loads that are multiplied."""
+    right = compiled("reflect_kernel")
+    assert not right.problems() and len(right.loops) == 2
+    planted = edited("for i in tl.range(0, num_d, num_stages=STAGES):", "for i in range(0, num_d):", tmp_path)
+    monkeypatch.setattr(machine_code, "triton_kernels", planted)
+    wrong = compiled("reflect_kernel")
+    assert any("a load that blocks" in problem for problem in wrong.problems())
+    assert wrong.barriers[1] > MOST_BARRIERS["reflect_kernel"][1] >= right.barriers[1]
+
+
+def test_v_split_in_the_loop_is_rejected(monkeypatch, tmp_path):
+    """`backward_columns_kernel` holds v: it is split before the loop, which reads it from memory never again."""
+
+    def splits(result):
+        return [loop.conversions.count("16x128xf32") for loop in result.loops]
+
+    assert splits(compiled("backward_columns_kernel")) == [0]
+    anew = "tl.load(v_ptr + v_offsets + 0 * m0, mask_r[:, None] & mask_d[None, :], other=0.0)"
+    planted = edited("acc = _combine_rows(qm, v,", f"acc = _combine_rows(qm, {anew},", tmp_path)
+    monkeypatch.setattr(machine_code, "triton_kernels", planted)
+    assert splits(compiled("backward_columns_kernel"))[0] > 0
+
+
+@pytest.mark.parametrize("kernel", MOST_BARRIERS)
+def test_barriers(kernel):
+    found = compiled(kernel).barriers
+    assert len(found) == len(MOST_BARRIERS[kernel])
+    assert all(count <= most for count, most in zip(found, MOST_BARRIERS[kernel], strict=True)), found
+
+
+def edited(old: str, new: str, directory: Path):
+    """The module of kernels with one line changed."""
+    source = Path(machine_code.triton_kernels.__file__).read_text()
+    assert source.count(old) == 1, old
+    path = directory / "edited_kernels.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

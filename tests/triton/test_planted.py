@@ -96,6 +96,11 @@ BUGS = [
     ),
     Bug("du without the pair's term", "acc_a += ((above - below) / phi)[:, None] * v.to(tl.float64)", "acc_a += 0.0"),
     Bug("du of a pair not mixed", "acc_a -= tl.where(has_both[:, None], acc_b, 0.0)", "acc_a -= 0.0"),
+    Bug("partial sums of dv lost", "for part in range(0, num_parts):", "for part in range(0, 1):"),
+    Bug("no pair but the first", "first = 2 * ((job - 1) * BLOCK_P +", "first = 2 * (0 * BLOCK_P +"),
+    Bug(
+        "ds not transposed", "t = tl.load(t_ptr + offs_j * R + k, mask_j", "t = tl.load(t_ptr + k * R + offs_j, mask_j"
+    ),
     Bug("du unscaled", "acc_a * scale_a[:, None]", "acc_a * 2 * scale_a[:, None]"),
     Bug(
         "Gram in float32",
@@ -108,7 +113,7 @@ BUGS = [
 def plant(bug: Bug, directory: Path, monkeypatch) -> int:
     """Put edited copies of the kernel modules in the backend's hands; returns the number of edits."""
     edits = 0
-    for module, getter in ((triton_kernels, "_kernels"), (triton_factor_kernels, "_factor_kernels")):
+    for module, getter in ((triton_factor_kernels, "_factor_kernels"), (triton_kernels, "_kernels")):
         source = Path(module.__file__).read_text()
         edits += source.count(bug.old)
         path = directory / f"{module.__name__.rsplit('.', 1)[1]}_{next(_numbers)}.py"
@@ -117,6 +122,8 @@ def plant(bug: Bug, directory: Path, monkeypatch) -> int:
         planted = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, path.stem, planted)
         spec.loader.exec_module(planted)
+        if module is triton_kernels:  # it has taken a function from the module as it is
+            planted.chain_bwd_share = triton_backend._factor_kernels().chain_bwd_share
         monkeypatch.setattr(triton_backend, getter, lambda planted=planted: planted)
     return edits
 
@@ -131,7 +138,9 @@ def chain_violations(case: Case, dtype: torch.dtype, rounded_u: bool = False) ->
     y, p = TRITON.reflect_fwd(x, v, t, case.transpose)
     dx, dv, dt = TRITON.reflect_bwd(dy, x, v, t, p, case.transpose)
     du = TRITON.wy_factor_bwd(dv, dt, u, v, t, case.apply_gs)
-    return violations({"y": y, "dx": dx, "du": du}, plain, exact, dtype, case.R)
+    at_once = TRITON.chain_bwd(dy, x, u, v, t, p, case.transpose, case.apply_gs)
+    results = [{"y": y, "dx": dx, "du": du}, {"y": y, "dx": at_once[0], "du": at_once[1]}]
+    return [found for result in results for found in violations(result, plain, exact, dtype, case.R)]
 
 
 @pytest.mark.parametrize("case, dtype", sorted({(bug.case, bug.dtype) for bug in BUGS}, key=str), ids=str)
