@@ -105,10 +105,3 @@ class Backend(ABC):
         Unless a backend has a kernel for it, plain PyTorch, which copies 16-bit x and dx to the factor's dtype.
         """
         return reference.weight_side_bwd(dx, x, v, t)
-
-    def chain_bwd(
-        self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, apply_gs: bool
-    ) -> tuple[Tensor, Tensor]:
-        """dx (M, D) and du (D, R): `reflect_bwd`, then `wy_factor_bwd` of the dv and dt that it gives, bit for bit."""
-        dx, dv, dt = self.reflect_bwd(dy, x, v, t, p, transpose)
-        return dx, self.wy_factor_bwd(dv, dt, u, v, t, apply_gs)

@@ -6,7 +6,6 @@ The base layer is always run through its own forward, so its hooks, its quantiza
 business. Saved for backward: x, x vᵀ (M, R) and the factor; the factor is computed once per value of the adapters.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from hra_kernels.peft.adapter_names import MixedFactors, check_mixed_batch
 from hra_kernels.peft.powers import PowerCache
 from hra_kernels.peft.sharded import is_sharded, whole_vectors
 from hra_kernels.peft.vectors import AdapterVectors
-from hra_kernels.soft import Rule, Soft
+from hra_kernels.soft import Rule
 
 _WITHOUT_BASE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
@@ -122,21 +121,6 @@ class ReflectionLayer(KeepsFactors, AdapterVectors):
         """The parameter that the reflections act on, as the base layer has it now; None where it has none."""
         return weight_of(self.get_base_layer())
 
-    def chain(self, names: Sequence[str]) -> tuple[list[Tensor], list[Rule]]:
-        """Of these adapters, in order: their vectors, and what their reflections are along (`soft.Rule`).
-
-        At a scale other than 1: the vectors of that power of the adapter.
-
-        Raises:
-            ValueError: the power is not defined.
-        """
-        us, apply_gs = [], []
-        for name in names:
-            gs, eps, scale = self.hra_apply_GS[name], self.hra_eps[name], self._scale_of(name)
-            us.append(self.vectors(name) if scale == 1 else self._power(name, scale))
-            apply_gs.append(Soft(eps) if eps else gs and scale == 1)
-        return us, apply_gs
-
     def chain_to_refill(self) -> tuple[FactorCache, list[Tensor], list[Rule]] | None:
         """What the next forward will ask of its cache (`factor_cache.refill`); None where that is not known ahead."""
         names = self._adapters_to_apply()
@@ -189,73 +173,6 @@ class ReflectionLayer(KeepsFactors, AdapterVectors):
         self._output_factors.clear()
         self._mixed_factors = None
         self._powers = {name: PowerCache() for name in self.hra_r}
-
-    # --- scales
-
-    @property
-    def r(self) -> dict[str, int]:
-        """`hra_r`, under the name that PEFT's LoRA layers have for it and that clients read."""
-        return self.hra_r
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Apply the power Q^scale of an adapter: 0 is the base layer, bit for bit, 1 the adapter, -1 its inverse.
-
-        In between it is the geodesic of `add_weighted_adapter`. An adapter that the layer does not have is passed over.
-
-        Raises:
-            ValueError: the power is not defined, as for odd r or apply_GS but at -1, 0 and 1, and with eps but at 0
-                and 1; nothing is changed.
-        """
-        if adapter in self.hra_r:
-            self._set_scales(adapter, [float(scale)])
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of each active adapter; raises as `set_scale` does."""
-        for name in self.active_adapters:
-            if scale != 1 and name in self.hra_r:
-                self._set_scales(name, [*self.hra_scales[name], float(scale)])
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer(scale)`, exactly; without a scale, go back to 1. For each active adapter."""
-        for name in self.active_adapters:
-            if name not in self.hra_r or scale == 1:
-                continue
-            scales = [] if scale is None else list(self.hra_scales[name])
-            if scale is not None and scale in scales:
-                scales.reverse()
-                scales.remove(scale)
-                scales.reverse()
-            elif scale is not None:
-                scales.append(1 / scale)
-            self.hra_scales[name] = scales
-
-    def _scale_of(self, name: str) -> float:
-        scales = self.hra_scales[name]
-        return math.prod(scales) if scales else 1
-
-    def _set_scales(self, name: str, scales: list[float]) -> None:
-        before, self.hra_scales[name] = self.hra_scales[name], scales
-        try:
-            if not self.hra_u[name].is_meta:
-                self.chain([name])
-        except ValueError:
-            self.hra_scales[name] = before
-            raise
-
-    def _power(self, name: str, scale: float) -> Tensor:
-        if self.hra_eps[name]:
-            if scale == 0:
-                return torch.zeros_like(self.vectors(name))
-            raise ValueError(
-                f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: with eps, a chain is not orthogonal "
-                "and has no powers; its scales are 0 and 1"
-            )
-        powers = self._powers[name]
-        powers.parameters_come_late = self._factors.parameters_come_late
-        try:
-            return powers.get(self.vectors(name), self.hra_apply_GS[name], scale)
-        except ValueError as error:
-            raise ValueError(f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: {error}") from error
 
     # --- forward
 

@@ -1,20 +1,25 @@
 """The vectors of the adapters of one layer: their shapes, how they start, and what is said about each."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from peft.tuners.hra.layer import HRALayer
 from torch import Tensor, nn
 
-from hra_kernels.soft import init_short_
+from hra_kernels.peft.powers import PowerCache
+from hra_kernels.soft import Rule, Soft, init_short_
 
 
 class AdapterVectors(HRALayer):
-    """PEFT's HRA layer with a side and an ε for each adapter."""
+    """PEFT's HRA layer with a side, an ε and a scale for each adapter."""
 
     hra_side: dict[str, str]
     hra_eps: dict[str, float]
+    hra_scales: dict[str, list[float]]
+    _powers: dict[str, PowerCache]
 
     def is_marked(self, name: str) -> bool:
         """Whether `hra_u` has a dimension of one before its last, which PEFT's own HRA refuses to load: it knows
@@ -30,6 +35,21 @@ class AdapterVectors(HRALayer):
     def of_side(self, side: str, names: Sequence[str]) -> list[str]:
         """Those of these adapters that are on this side, in order."""
         return [name for name in names if self.hra_side[name] == side]
+
+    def chain(self, names: Sequence[str]) -> tuple[list[Tensor], list[Rule]]:
+        """Of these adapters, in order: their vectors, and what their reflections are along (`soft.Rule`).
+
+        At a scale other than 1: the vectors of that power of the adapter.
+
+        Raises:
+            ValueError: the power is not defined.
+        """
+        us, apply_gs = [], []
+        for name in names:
+            gs, eps, scale = self.hra_apply_GS[name], self.hra_eps[name], self._scale_of(name)
+            us.append(self.vectors(name) if scale == 1 else self._power(name, scale))
+            apply_gs.append(Soft(eps) if eps else gs and scale == 1)
+        return us, apply_gs
 
     def reset_hra_parameters(self, adapter_name: str) -> None:
         """PEFT's default initialization: pairs of equal columns, so that the layer starts as the base layer.
@@ -65,3 +85,70 @@ class AdapterVectors(HRALayer):
         self.hra_u[adapter_name] = nn.Parameter(u.detach().flatten(0, -2))
         yield
         self.hra_u[adapter_name] = nn.Parameter(self.hra_u[adapter_name].detach().reshape(shape))
+
+    # --- scales
+
+    @property
+    def r(self) -> dict[str, int]:
+        """`hra_r`, under the name that PEFT's LoRA layers have for it and that clients read."""
+        return self.hra_r
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Apply the power Q^scale of an adapter: 0 is the base layer, bit for bit, 1 the adapter, -1 its inverse.
+
+        In between it is the geodesic of `add_weighted_adapter`. An adapter that the layer does not have is passed over.
+
+        Raises:
+            ValueError: the power is not defined, as for odd r or apply_GS but at -1, 0 and 1, and with eps but at 0
+                and 1; nothing is changed.
+        """
+        if adapter in self.hra_r:
+            self._set_scales(adapter, [float(scale)])
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of each active adapter; raises as `set_scale` does."""
+        for name in self.active_adapters:
+            if scale != 1 and name in self.hra_r:
+                self._set_scales(name, [*self.hra_scales[name], float(scale)])
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer(scale)`, exactly; without a scale, go back to 1. For each active adapter."""
+        for name in self.active_adapters:
+            if name not in self.hra_r or scale == 1:
+                continue
+            scales = [] if scale is None else list(self.hra_scales[name])
+            if scale is not None and scale in scales:
+                scales.reverse()
+                scales.remove(scale)
+                scales.reverse()
+            elif scale is not None:
+                scales.append(1 / scale)
+            self.hra_scales[name] = scales
+
+    def _scale_of(self, name: str) -> float:
+        scales = self.hra_scales[name]
+        return math.prod(scales) if scales else 1
+
+    def _set_scales(self, name: str, scales: list[float]) -> None:
+        before, self.hra_scales[name] = self.hra_scales[name], scales
+        try:
+            if not self.hra_u[name].is_meta:
+                self.chain([name])
+        except ValueError:
+            self.hra_scales[name] = before
+            raise
+
+    def _power(self, name: str, scale: float) -> Tensor:
+        if self.hra_eps[name]:
+            if scale == 0:
+                return torch.zeros_like(self.vectors(name))
+            raise ValueError(
+                f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: with eps, a chain is not orthogonal "
+                "and has no powers; its scales are 0 and 1"
+            )
+        powers = self._powers[name]
+        powers.parameters_come_late = self._factors.parameters_come_late
+        try:
+            return powers.get(self.vectors(name), self.hra_apply_GS[name], scale)
+        except ValueError as error:
+            raise ValueError(f"HRA: {self.describe()}, adapter {name!r} at scale {scale:g}: {error}") from error

@@ -144,7 +144,7 @@ def test_wy_factor_rejects(changes, message):
 def test_chain_bwd_rejects(changes, message):
     x = torch.ones(4, 6)
     arguments = {name: x.data_ptr() for name in ("dx", "du", "dy", "x", "u", "v", "t", "p")}
-    arguments |= {"M": 4, "D": 6, "R": 2, "stride_dym": 6, "stride_xm": 6, "stride_ud": 2, "stride_ur": 1}
+    arguments |= {"M": 4, "D": 6, "R": 2, "stride_dym": 6, "stride_xm": 6}
     arguments |= {"dtype": 0, "dtype_u": 0, "transpose": False, "apply_gs": False, "num_threads": 1} | changes
     with pytest.raises(ValueError, match=message):
         native.chain_bwd(**arguments)

@@ -224,18 +224,6 @@ def test_backward_of_a_chain_is_bitwise_that_of_its_parts(shape, dtype, guarded)
     assert not guarded()
 
 
-@pytest.mark.parametrize("R", [8, 19])
-def test_launches_of_a_training_step(R, monkeypatch):
-    """Four for a layer up to 32 columns, at any number of rows."""
-    counted = count_launches(monkeypatch)
-    for M in (1, 200):
-        counted.clear()
-        x, dy, v, t = reflect_inputs(M, 40, R, torch.bfloat16)
-        _, p = TRITON.reflect_fwd(x, v, t, True)
-        TRITON.chain_bwd(dy, x, torch.ones(40, R), v, t, p, True, False)
-        assert counted == ["reflect_kernel", "backward_rows_kernel", "backward_columns_kernel", "factor_bwd_kernel"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_few_programs_go_over_all_rows(dtype, monkeypatch):
     """A chip whose L2 holds less than a row block: each of its three processors takes every third block."""
