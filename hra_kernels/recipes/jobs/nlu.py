@@ -167,7 +167,7 @@ def _glue(arguments: argparse.Namespace) -> Classifier:
     config.problem_type = "single_label_classification" if task.classes else "regression"
     whole = ()
     if config.model_type == "deberta-v2":  # its checkpoints hold no pooler
-        config.cls_dropout, whole = 0.1, ("classifier", "pooler")
+        config.cls_dropout, whole = 0.1, ("classifier", "pooler.dense")
     options = {"config": config, "ignore_mismatched_sizes": True}
     base = Base.open(source, TaskType.SEQ_CLS, arguments.seed, options=options, trained_whole=whole)
     app = Classifier(arguments, base, parts, task.classes)
