@@ -45,7 +45,7 @@ def test_trained_saved_and_evaluated(job, tmp_path, capsys):
 def test_two_processes_have_the_losses_of_one(job, tmp_path):
     """Responses of several lengths: a mean per process would not be the mean per token."""
     assert cli.main([*job, "--no-compare", "--lambda", "0.01", "--out", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "hra_kernels.cli", *job, "--no-compare", "--lambda", "0.01", "--out", tmp_path / "two"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

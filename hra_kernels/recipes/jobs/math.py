@@ -37,7 +37,7 @@ DEFAULTS = {
     "seed": 0,
     "out": Path("runs/math"),
 }
-STEPS, QUICK_STEPS = 60, 10
+STEPS, QUICK_STEPS = 60, 8
 HELD_OUT, QUICK_HELD_OUT = 100, 16  # examples of validation, and as many of test
 PRESETS = {
     # appendix B, r 32: learning rates for λ = 0, a positive λ, and Gram-Schmidt
