@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from hra_kernels.recipes.classifier import Base, accuracy, hra_config, predict, shuffled_batches, train_step
+from hra_kernels.recipes.nlu import learning_rate_factor
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -26,8 +28,6 @@ from hra_kernels import hra_linear
 from hra_kernels.measuring import style
 from hra_kernels.measuring.text import markdown_table, significant
 from hra_kernels.recipes import packages, text_data
-from hra_kernels.recipes.classifier import Base, accuracy, hra_config, predict, shuffled_batches, train_step
-from hra_kernels.recipes.nlu import learning_rate_factor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "learning-rate.json"

@@ -60,7 +60,7 @@ def test_two_processes_have_the_losses_of_one(job, tmp_path):
         (["--query", "question"], "line 1: no value in field 'question' (--query); the fields are query, response"),
         (["--max-length", "3"], "--max-length 3: expected room for an answer"),
         (["--data", "absent"], "--data absent"),
-        (["--model", "absent"], "--model absent: expected a model name or folder"),
+        (["--model", "./absent"], "--model ./absent: expected a model name or folder"),
         (["--preset", "official"], "--preset official: "),
     ],
 )
