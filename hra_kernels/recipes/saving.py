@@ -44,6 +44,11 @@ def written_whole(folder: Path, forgetting: Sequence[str] = ()) -> Iterator[Path
         raise RecipeError(f"--out {folder}: cannot write this folder ({said})") from error
 
 
+def cannot_write(error: BaseException) -> bool:
+    """Whether this is the file system's refusal; PyTorch's writer gives it as a RuntimeError."""
+    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter failed" in str(error)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -9,11 +9,9 @@ import torch
 from torch import nn
 
 from hra_kernels.measuring import stopwatch
-from hra_kernels.recipes.classifier import Base, Batch, optimizer_for, train_step
+from hra_kernels.recipes.base import Base, Batch
 
 WARM_UP_STEPS = 1
-HEADS = ("classifier.", "score.")
-"""What PEFT trains in full beside an adapter for sequence classification."""
 
 
 @dataclass
@@ -22,14 +20,15 @@ class Method:
 
     name: str
     model: nn.Module
-    optimizer: torch.optim.Optimizer = field(init=False)
+    optimizer: torch.optim.Optimizer | None = field(init=False)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self):
         self.model.train()
         # small enough that every method stays near where it began: what is timed here is not a training
-        self.optimizer = optimizer_for(self.model, lr=1e-5)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0) if trained else None
 
     def step(self, batches: Sequence[Batch]) -> float:
         """One step on the batch whose turn it is, the same for every method; its seconds."""
@@ -37,7 +36,13 @@ class Method:
         torch.manual_seed(number)  # the same dropout for every method
         stopwatch.synchronize(device)
         start = time.perf_counter()
-        self.losses.append(train_step(self.model, self.optimizer, batches[number % len(batches)]))
+        batch = {name: tensor.to(device) for name, tensor in batches[number % len(batches)].items()}
+        loss = self.model(**batch).loss
+        loss.backward()
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.item())
         stopwatch.synchronize(device)
         return time.perf_counter() - start
 
@@ -50,16 +55,17 @@ class Method:
         return {f"{key}_s": found[key] for key in ("median", "p20", "p80")} | {"steps": found["rounds"]}
 
 
-def frozen(base: Base, through: bool) -> nn.Module:
-    """The base model with only its head trained.
+def frozen(base: Base, heads: Sequence[str], through: bool) -> nn.Module:
+    """The base model with only its head trained, or nothing.
 
     Args:
+        heads: prefixes of the names of the parameters to train.
         through: let the gradient flow back through every frozen layer, as it must for an adapter in the first one:
             the least that any adapter's step can cost. Without it the backward pass ends at the head.
     """
     model = base.model()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(HEADS))
+        parameter.requires_grad_(name.startswith(tuple(heads)))
     if through:
         model.enable_input_require_grads()
     return model

@@ -2,34 +2,28 @@
 
 from typing import Any
 
-from hra_kernels.measuring.text import markdown_table, percent_text, seconds_text
+from hra_kernels.measuring.text import markdown_table, seconds_text
+from hra_kernels.recipes.application import Metric
 
 
-def markdown(results: dict[str, Any], ours: str, floor: str) -> str:
+def markdown(results: dict[str, Any], main: Metric, output: str, ours: str, floor: str) -> str:
     """What was trained and measured, from the contents of results.json.
 
     Args:
+        main, output: the metric that comes first, and what outputs are called.
         ours, floor: the names in `step_cost` of our method and of the one that the others are compared with.
     """
-    data, found, where = results["data"], results["test_accuracy"], results["environment"]
-    options = results["arguments"]
+    data, where, options = results["data"], results["environment"], results["arguments"]
     machine = where["gpus"][0] if where["gpus"] else f"{where['cpu']}, {where['torch_threads']} threads"
+    sizes = ", ".join(f"{number} {part}" for part, number in data.items() if isinstance(number, int))
     intro = (
-        f"{results['model']}, {data['source']} ({data['train']} to train, {data['validation']} to validate, "
-        f"{data['test']} to test); HRA r = {options['rank']} on {', '.join(options['target_modules'])}, "
-        f"{results['parameters']['trained']:,} trained parameters, {results['steps']} steps of "
-        f"{options['batch_size']}, seed {options['seed']}. Measured on {machine}, torch {where['torch']}, "
-        f"PEFT {where['peft']}, backend {results['backend']}"
+        f"{results['model']}, {data['source']} ({sizes}); HRA r = {options['rank']} on "
+        f"{', '.join(options['target_modules'])}, {results['parameters']['trained']:,} trained parameters, "
+        f"{results['steps']} steps of {options['batch_size']}, seed {options['seed']}. Measured on {machine}, "
+        f"torch {where['torch']}, PEFT {where['peft']}, backend {results['backend']}"
         + (f", commit {where['commit']}" if where["commit"] else "")
     )
-    rows = [
-        ["always the most frequent class", percent_text(found["majority"]), ""],
-        ["before: pretrained, new head", percent_text(found["before"]), ""],
-        ["**after**", f"**{percent_text(found['after'])}**", ""],
-    ]
-    for name, saved in results["saved"].items():
-        rows.append([name, percent_text(saved["accuracy"]), f"{saved['max_logit_difference']:.1e}"])
-    parts = [intro + ".", markdown_table(["test split", "accuracy", "largest logit difference"], rows)]
+    parts = [intro + ".", *results["notes"], _metrics(results, main, output)]
     if "step_cost" in results:
         base = results["step_cost"][floor]["median_s"]
         rows = []
@@ -42,3 +36,15 @@ def markdown(results: dict[str, Any], ours: str, floor: str) -> str:
             f"same losses (largest relative difference {results['largest_loss_difference_from_peft_hra']:.0e})."
         )
     return "\n\n".join(parts) + "\n"
+
+
+def _metrics(results: dict[str, Any], main: Metric, output: str) -> str:
+    """One row per way to answer the test split, one column per metric."""
+    found = {**results["test"], **results["saved"]}
+    others = sorted({name for row in found.values() for name in row} - {main.name, "max_difference"})
+    rows = []
+    for name, row in found.items():
+        cells = [name, main.text(row[main.name]), *(f"{row[other]:.4f}" if other in row else "" for other in others)]
+        cells = [f"**{cell}**" if name == "after" and cell else cell for cell in cells]
+        rows.append([*cells, f"{row['max_difference']:.1e}" if "max_difference" in row else ""])
+    return markdown_table(["test split", main.name, *others, f"largest {output} difference"], rows)

@@ -149,21 +149,29 @@ def _number_first(label: str) -> tuple[int, float, str]:
         return 1, 0.0, label
 
 
-def _read(path: Path, text: str, label: str, pair: str | None) -> Iterator[Example]:
+def rows_of(path: Path) -> list[tuple[int, dict]]:
+    """(line number, fields) of every row of a table.
+
+    Raises:
+        RecipeError: no such file, another kind of file, or it does not read.
+    """
     if path.suffix not in SUFFIXES:
         raise RecipeError(
             f"--data {path}: expected a {', '.join(SUFFIXES)} file or a folder, got {path.suffix or 'none'}"
         )
-    columns = [(option, name) for option, name in (("--text", text), ("--text-pair", pair), ("--label", label)) if name]
     try:
-        rows = list(_jsonl_rows(path) if path.suffix == ".jsonl" else _table_rows(path))
+        return list(_jsonl_rows(path) if path.suffix == ".jsonl" else _table_rows(path))
     except FileNotFoundError:
         raise RecipeError(f"--data {path}: no such file") from None
     except UnicodeDecodeError as error:
         raise RecipeError(f"--data {path}: expected UTF-8 text, got a byte that is not ({error.reason})") from error
     except (OSError, csv.Error) as error:
         raise RecipeError(f"--data {path}: cannot be read ({reason(error)})") from error
-    for line, row in rows:
+
+
+def _read(path: Path, text: str, label: str, pair: str | None) -> Iterator[Example]:
+    columns = [(option, name) for option, name in (("--text", text), ("--text-pair", pair), ("--label", label)) if name]
+    for line, row in rows_of(path):
         values = {}
         for option, name in columns:
             if name not in row:

@@ -17,7 +17,10 @@ def run(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **options)
 
 
-@pytest.mark.parametrize("arguments", [[], ["env"], ["fetch"], ["train"], ["train", "nlu"], ["verify"], ["export"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["env"], ["fetch"], ["train"], ["train", "nlu"], ["train", "math"], ["eval", "math"], ["verify"], ["export"]],
+)
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, "--help"])

@@ -1,5 +1,6 @@
 """`hra-kernels train nlu` where something goes wrong: bad files, Ctrl-C, kill, a full disk. A tiny model."""
 
+import json
 import resource
 import shutil
 import signal
@@ -13,11 +14,12 @@ pytest.importorskip("peft", reason="the recipes need hra-kernels[train]")
 pytest.importorskip("rich", reason="the recipes need hra-kernels[train]")
 
 from hra_kernels import backends, cli
-from hra_kernels.recipes import RecipeError, nlu
+from hra_kernels.recipes import RecipeError, trainer
+from hra_kernels.recipes import job as skeleton
 from hra_kernels.recipes.saving import written_whole
 from tests.recipes.tiny import save_base, save_sentences
 
-RUN = {"adapter", "merged", "results.json", "summary.md"}
+RUN = {"adapter", "merged", "lora", "results.json", "summary.md"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def test_stopped_while_training(job, tmp_path, monkeypatch, capsys, number, stat
     """An earlier run's results stay, and nothing of this one is beside them."""
     assert cli.main(job) == 0
     before = (tmp_path / "out" / "results.json").read_text()
-    monkeypatch.setattr(nlu, "train_step", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(trainer.Trainer, "training_step", lambda *_: signal.raise_signal(number))
     handler = signal.getsignal(signal.SIGTERM)
     line = said(capsys, job, status)
     assert line == f"hra-kernels: {name}; nothing of this run is in {tmp_path / 'out'}\n"
@@ -74,19 +76,56 @@ def test_stopped_while_training(job, tmp_path, monkeypatch, capsys, number, stat
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def stop_at(monkeypatch, step: int) -> None:
+    """Ctrl-C at the beginning of this step."""
+    whole = trainer.Trainer.training_step
+
+    def training_step(self, *arguments):
+        if self.state.global_step == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", training_step)
+
+
+def losses(folder: Path) -> list[float]:
+    return json.loads((folder / "results.json").read_text())["losses"]
+
+
+def test_resumed(job, tmp_path, monkeypatch, capsys):
+    """The losses of an interrupted and resumed run are those of a whole one; dropout is drawn as it would have been."""
+    out, longer = tmp_path / "out", [*job, "--steps", "6", "--batch-size", "16"]
+    assert cli.main(longer) == 0
+    whole = losses(out)
+    with monkeypatch.context() as patched:
+        stop_at(patched, 5)
+        line = said(capsys, longer, 130)
+    assert line == f"hra-kernels: interrupted; go on from step 4 with --resume, or delete {out / 'checkpoints'}\n"
+    assert "go on with --resume, or delete that folder" in said(capsys, longer, 2)
+    assert "rank was 8, is 4" in said(capsys, [*longer, "--resume", "--rank", "4"], 2)
+    shutil.copytree(out / "checkpoints" / "checkpoint-4", out / "checkpoints" / "checkpoint-5")
+    (out / "checkpoints" / "checkpoint-5" / "trainer_state.json").unlink()  # killed while it was written
+    assert cli.main([*longer, "--resume"]) == 0
+    assert losses(out) == whole
+    assert contents(out) == RUN
+    assert "expected checkpoints of an interrupted run" in said(capsys, [*longer, "--resume"], 2)
+
+
 def test_stopped_while_drawing(job, tmp_path, monkeypatch, capsys):
     """What was trained is there, and no results of an earlier run that could be taken for its own."""
     assert cli.main(job) == 0
-    monkeypatch.setattr(nlu.plots, "plot_training", lambda *_: signal.raise_signal(signal.SIGTERM))
-    assert "holds adapter/ and merged/ of this run, but no results" in said(capsys, job, 143)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "merged"}
+    monkeypatch.setattr(skeleton.plots, "plot_training", lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert "holds adapter/, merged/ and lora/ of this run, but no results" in said(capsys, job, 143)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"adapter", "merged", "lora"}
 
 
-@pytest.mark.parametrize(("limit", "left"), [(2000, set()), (30_000, set()), (150_000, {"adapter", "merged"})])
+@pytest.mark.parametrize(
+    ("limit", "left"), [(2000, set()), (30_000, {"checkpoints"}), (150_000, {"adapter", "merged", "lora"})]
+)
 def test_full_disk(job, tmp_path, monkeypatch, capsys, limit, left):
-    """Files that cannot grow beyond a limit: the adapter, the merged model, or a picture does not fit."""
+    """Files that cannot grow beyond a limit: a checkpoint, the merged model, or a picture does not fit."""
     monkeypatch.setattr(
-        nlu.plots, "plot_training", lambda folder, *_: (folder / "loss.svg").write_bytes(bytes(200_000))
+        skeleton.plots, "plot_training", lambda folder, *_: (folder / "loss.svg").write_bytes(bytes(200_000))
     )
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))

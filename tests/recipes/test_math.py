@@ -1,0 +1,102 @@
+"""`hra-kernels train math` and `eval math` with a tiny model, two processes, and how answers are compared."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="the recipes need hra-kernels[train]")
+pytest.importorskip("rich", reason="the recipes need hra-kernels[train]")
+
+from hra_kernels import cli
+from hra_kernels.recipes import answers
+from hra_kernels.testing.tolerance import rounding
+from tests.recipes.tiny import save_llama, save_problems
+
+FLOAT32 = rounding(16, 8, layers=8)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The arguments of a short run."""
+    folder = tmp_path_factory.mktemp("math")
+    save_llama(folder / "base")
+    save_problems(folder / "data.jsonl")
+    named = {"--model": folder / "base", "--data": folder / "data.jsonl", "--steps": 3, "--batch-size": 4}
+    return ["train", "math", *(str(word) for pair in named.items() for word in pair)]
+
+
+def test_trained_saved_and_evaluated(job, tmp_path, capsys):
+    assert cli.main([*job, "--quick", "--out", str(tmp_path / "out")]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["largest_loss_difference_from_peft_hra"] < FLOAT32
+    assert all(saved["max_difference"] < FLOAT32 for saved in results["saved"].values())
+    assert "LoRA, PEFT, trained alike" in results["test"]
+    data = ["--data", job[job.index("--data") + 1], "--limit", "5", "--max-new-tokens", "4"]
+    for source in ([str(tmp_path / "out" / "merged")], [job[3], "--adapter", str(tmp_path / "out" / "adapter")]):
+        done = cli.main(["eval", "math", "--model", *source, *data, "--out", str(tmp_path / "eval")])
+        assert done == 0
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert [row["wanted"].isdigit() for row in found["solutions"]] == 5 * [True]
+
+
+def test_two_processes_have_the_losses_of_one(job, tmp_path):
+    """Responses of several lengths: a mean per process would not be the mean per token."""
+    assert cli.main([*job, "--no-compare", "--lambda", "0.01", "--out", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "hra_kernels.cli", *job, "--no-compare", "--lambda", "0.01", "--out", tmp_path / "two"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=FLOAT32, atol=0)
+    assert two["validation"] == [[step, pytest.approx(value, rel=FLOAT32)] for step, value in one["validation"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--query", "question"], "line 1: no value in field 'question' (--query); the fields are query, response"),
+        (["--max-length", "3"], "--max-length 3: expected room for an answer"),
+        (["--data", "absent"], "--data absent"),
+        (["--model", "./absent"], "--model ./absent: expected a model name or folder"),
+        (["--preset", "official"], "--preset official: "),
+    ],
+)
+def test_bad_input_is_one_line(job, tmp_path, capsys, options, said):
+    capsys.readouterr()
+    assert cli.main([*job, "--out", str(tmp_path), *options]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize(
+    ("solution", "wanted", "right"),
+    [
+        ("12 - 2 = 10. The answer is: 10", "10", True),
+        ("The answer is: 9. No: The answer is: $1,234.00.", "1234", True),
+        ("The answer is: 1/2", "0.5", True),
+        ("The answer is: -3 apples\nThe answer", "-3", True),
+        ("It is 10", "10", False),
+        ("The answer is:", "10", False),
+        ("The answer is: 11", "10", False),
+        ("The answer is: 1/0", "10", False),
+    ],
+)
+def test_numbers(solution, wanted, right):
+    assert answers.equal(answers.answer_of(solution), wanted, "number") is right
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "right"),
+    [
+        (r"\frac{1}{2}", "0.5", True),
+        (r"x^2+2x+1", r"(x+1)^2", True),
+        (r"\sqrt{2}", "2", False),
+        ("( 1, 2 )", "(1,2)", True),
+    ],
+)
+def test_expressions(found, wanted, right):
+    pytest.importorskip("math_verify")
+    assert answers.equal(found, wanted, "expression") is right
