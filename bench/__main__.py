@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import compare, host, layer, model, numerics, op, providers, record, report, scaling, screen
-from hra_kernels.cli import positive
+from hra_kernels.recipes.options import positive
 
 LEVELS = {
     "op": op,

@@ -244,6 +244,11 @@ def _configs(model: nn.Module) -> dict[str, PeftConfig]:
 def _carried_along(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """What an adapter's file holds besides its vectors: biases and `modules_to_save`."""
     whole = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    bias = _configs(model)[adapter_name].bias
+    if bias != "none":  # PEFT 0.19 leaves those out that are not of LoRA
+        part = ".bias" if bias == "all" else ".base_layer.bias"
+        trained = {name: p for name, p in model.named_parameters() if name.endswith(part) and p.requires_grad}
+        whole = {name: p for name, p in trained.items() if ".modules_to_save." not in name} | whole
     whole = {plain_name(key).removeprefix(_PREFIX): tensor for key, tensor in whole.items()}
     return {f"{_PREFIX}{key}": tensor for key, tensor in whole.items() if not key.endswith(".hra_u")}
 
