@@ -27,8 +27,8 @@ def _chains(
 ) -> tuple[list[Tensor], list[Rule]]:
     """us and one rule each, from one chain or several."""
     us = [u] if isinstance(u, Tensor) else list(u)
-    flags = [apply_gs] * len(us) if isinstance(apply_gs, bool | Soft) else list(apply_gs)
-    each = list(eps) if isinstance(eps, list | tuple) else [eps] * len(us)
+    flags = [apply_gs] * len(us) if isinstance(apply_gs, (bool, Soft)) else list(apply_gs)
+    each = list(eps) if isinstance(eps, (list, tuple)) else [eps] * len(us)
     if not us:
         raise ValueError(f"{op}: u must be a (D, R) tensor or a non-empty sequence of them, got an empty sequence")
     if len(flags) != len(us):

@@ -42,7 +42,7 @@ def rule(op: str, apply_gs: bool, eps: float) -> Rule:
     Raises:
         ValueError: eps is negative or not finite, or is given together with apply_gs: a Gram-Schmidt basis has units.
     """
-    if not (isinstance(eps, int | float) and 0 <= eps < math.inf):
+    if not (isinstance(eps, (int, float)) and 0 <= eps < math.inf):
         raise ValueError(f"{op}: eps must be a finite number of at least 0, got {eps!r}")
     if apply_gs and eps:
         raise ValueError(f"{op}: eps must be 0 with Gram-Schmidt, whose vectors have length one, got {eps}")

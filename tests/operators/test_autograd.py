@@ -183,7 +183,8 @@ def test_export():
             return hra_linear(x, self.w, self.u)
 
     layer, x = Layer(), torch.randn(5, 32)
-    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("M", min=2)}})
+    # strict, PyTorch 2.6 has no dynamic shapes in an autograd.Function
+    program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("M", min=2)}}, strict=False)
     for M in (5, 9):
         x = torch.randn(M, 32)
         torch.testing.assert_close(program.module()(x), layer(x))
