@@ -20,8 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-import hra_kernels.operators  # noqa: F401 - registers them
-from hra_kernels import checks, reference
+from hra_kernels import checks, operators, reference  # noqa: F401 - operators registers them
 from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, choose, select_backend, use_backend
 from hra_kernels.factors import factor_dtype, join_factors, join_factors_bwd, split_factor
 from hra_kernels.soft import Rule, Soft, extended, factor_bwd_by_rule, factor_by_rule

@@ -83,6 +83,7 @@ BENCHMARKS = {
         ["--models", "qwen2.5-7b-4layers", "--providers", *SHORT],
     ],
     "numerics": [["--size", "1024"]],
+    "host": [["--layers", "8"]],
     "scaling": [["--over", over, *BFLOAT16, "--providers", *SHORT] for over in ("M", "layers", "R", "D")],
 }
 LITTLE = {
@@ -90,10 +91,11 @@ LITTLE = {
     "layer": [["--shapes", "64x128x128", "--providers", *FAMILY[:3]]],
     "model": [["--models", "llama-tiny", "unet-tiny", "--modes", "eager", "checkpoint"]],
     "numerics": [["--size", "128", "--measures", "orthogonality"]],
+    "host": [["--layers", "2", "--paths", "cpu"]],
     "scaling": [["--over", "M", "--values", "1", "16", "--providers", "frozen", "ours"]],
 }
 """A rehearsal's benchmarks."""
-SECONDS = {"op": "2", "layer": "3", "model": "8", "numerics": "1", "scaling": "2"}
+SECONDS = {"op": "2", "layer": "3", "model": "8", "numerics": "1", "host": "2", "scaling": "2"}
 """Of measuring per case."""
 
 
@@ -203,6 +205,7 @@ def stages(work: Path, rehearse: bool) -> list[Stage]:
         benchmark("layer", work, rehearse),
         benchmark("model", work, rehearse),
         benchmark("numerics", work, rehearse),
+        benchmark("host", work, rehearse),
         Stage("sanitize", sanitize(rehearse), together=not rehearse),
         Stage("confirm", [interpreter] + ([] if rehearse else [emulator, emulation])),
         benchmark("scaling", work, rehearse),
