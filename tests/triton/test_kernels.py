@@ -27,6 +27,10 @@ GUARD = 97
 EDGY_SHAPES = [(33, 70, 1), (1, 9, 8), (70, 131, 13), (37, 50, 33), (35, 67, 70), (9, 40, 130)]
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def name_of(dtype):
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else None
 
@@ -132,7 +136,7 @@ def test_factor_stays_inside(shape, apply_gs, guarded):
     assert not guarded()
 
 
-@pytest.mark.parametrize("R", [65, 66])
+@pytest.mark.parametrize("R", [65, slow(66)])
 @pytest.mark.parametrize("apply_gs", [False, True])
 def test_factor_of_many_columns(R, apply_gs):
     """More columns than a tile of 16 in every kernel of the factor, an odd and an even number of them."""
@@ -208,7 +212,9 @@ def test_launches(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", [(33, 70, 1), (200, 131, 8), (70, 40, 19), (9, 40, 33), (0, 40, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(33, 70, 1), (200, 131, 8), slow((70, 40, 19)), slow((9, 40, 33)), (0, 40, 3)], ids=str
+)
 def test_backward_of_a_chain_is_bitwise_that_of_its_parts(shape, dtype, guarded):
     """At once, du among the launches of dx: the same bits as dv and dt on their own, then du."""
     M, D, R = shape

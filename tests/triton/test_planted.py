@@ -21,9 +21,13 @@ from hra_kernels.backends import triton_factor_kernels, triton_kernels
 from hra_kernels.testing.cases import Case, explicit, make_inputs, naive
 from hra_kernels.testing.tolerance import relative, rounding, violations
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the edited kernels run on CPU tensors, in Triton's interpreter"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1",
+        reason="the edited kernels run on CPU tensors, in Triton's interpreter",
+    ),
+]
 
 TRITON = triton_backend.BACKEND
 RANDOM = Case(130, 300, 8)

@@ -15,7 +15,7 @@ from tests.triton import releases as triton_releases
 
 INTERPRETED = {
     "accuracy": ["tests/operators/test_accuracy.py", "--backends", "triton"],
-    "kernels": ["tests/triton/test_kernels.py", "tests/triton/test_planted.py"],
+    "kernels": ["-m", "slow or not slow", "tests/triton/test_kernels.py", "tests/triton/test_planted.py"],
 }
 LEAST = {"accuracy": 100, "kernels": 90, "compiled": 5}
 """Tests that pass at least: a run that skips or collects less shows nothing."""
