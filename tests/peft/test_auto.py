@@ -39,6 +39,7 @@ def test_the_import_is_enough():
     assert done.stdout == "__main__ hra_kernels []\n", done.stderr
 
 
+@pytest.mark.slow
 def test_without_it_peft_builds_its_own():
     done = run("-c", PROGRAM)
     assert done.stdout == "__main__ peft []\n", done.stderr
@@ -50,12 +51,14 @@ def test_a_script_runs_as_by_python(program):
     assert done.stdout == "__main__ hra_kernels ['-m', '--lr=1']\n"
 
 
+@pytest.mark.slow
 def test_a_module_runs_as_by_python(program):
     done = run("-m", "hra_kernels.peft.auto", "-m", "program", "--lr=1", folder=program)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "__main__ hra_kernels ['--lr=1']\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["-m"]])
 def test_nothing_to_run_is_an_error(arguments):
     done = run("-m", "hra_kernels.peft.auto", *arguments)
