@@ -1,6 +1,7 @@
 """Adapted layers as functions: a frozen weight times a chain of Householder reflections, W' = W Q or Qᵀ W.
 
 hra_linear   y = x W'ᵀ = (x Qᵀ) Wᵀ            input side: the weight is never touched, its gradient never formed
+             y = x (W Q)ᵀ                     the same from the weight side: in training, where that is faster
              y = (x Wᵀ) Q                     output side, W' = Qᵀ W
 hra_conv2d   y = conv(x, W) - conv1x1(conv(x, v), (W vᵀ) t)    output side, with v as R extra filters
 hra_weight   W Q                              weight side: for merging
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hra_kernels import weight_side
 from hra_kernels.ops import attach_factor, chain_factor, in_factor_dtype, reflect, reflect_chain
 from hra_kernels.soft import Rule, Soft, bias_correction, check_side, inverse_factor, rule
 
@@ -73,7 +75,7 @@ def hra_linear(
     side: str = "input",
     eps: float | Sequence[float] = 0,
 ) -> Tensor:
-    """`F.linear(x, w @ Q, bias)` with Q = H_1 ... H_R, without forming Q or w @ Q (arXiv 2405.17484, eq. 4).
+    """`F.linear(x, w @ Q, bias)` with Q = H_1 ... H_R, without forming Q (arXiv 2405.17484, eq. 4).
 
     Or `F.linear(x, Qᵀ @ w, bias)`, as the authors' code for language models has it, together with eps = 1e-4.
 
@@ -91,6 +93,7 @@ def hra_linear(
 
     Returns:
         (..., N). Differentiable in x, u, bias, and in w if it asks for it. Saves x and O((M + D) R) more.
+        Reflects x, or w where that trains faster (`weight_side.pays`): results differ in rounding only.
 
     Raises:
         TypeError, ValueError: dtype, shape or device does not fit.
@@ -101,6 +104,8 @@ def hra_linear(
         us, flags = _chains("hra_linear", u, apply_gs, w.shape[0], eps)
         return reflect_output(F.linear(x, w, bias), bias, us, flags, factor)
     us, flags = _chains("hra_linear", u, apply_gs, w.shape[1], eps)
+    if weight_side.serves(x, w, us, flags):
+        return weight_side.linear(x, w, bias, us, flags, factor)
     return F.linear(reflect_chain(in_autocast_dtype(x), us, flags, factor, transpose=True), w, bias)
 
 

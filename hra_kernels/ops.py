@@ -96,11 +96,11 @@ def wants_graph() -> bool:
 
 
 def _has_rows(x: Tensor) -> bool:
-    """Whether `_rows` is a view for certain."""
+    """Whether `as_rows` is a view for certain."""
     return x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x as (M, D) with contiguous rows: a view wherever one exists."""
     if x.dim() == 2 and x.stride(1) == 1:  # most often, and no work
         return x
@@ -126,7 +126,7 @@ def is_eager(*tensors: Tensor) -> bool:
 
 def _gradient_rows(dy: Tensor) -> Tensor:
     # while compiling, PyTorch 2.6 knows no strides of a gradient
-    return dy.contiguous() if torch.compiler.is_compiling() else _rows(dy)
+    return dy.contiguous() if torch.compiler.is_compiling() else as_rows(dy)
 
 
 def _plain_chain_factor(us: Sequence[Tensor], apply_gs: Sequence[Rule]) -> tuple[Tensor, Tensor]:
@@ -138,7 +138,7 @@ def _plain_chain_factor(us: Sequence[Tensor], apply_gs: Sequence[Rule]) -> tuple
 def _plain_chain(x: Tensor, us: Sequence[Tensor], apply_gs: Sequence[bool], transpose: bool) -> Tensor:
     """`reflect_chain` in differentiable plain PyTorch."""
     v, t = _plain_chain_factor(us, apply_gs)
-    return reference.reflect_fwd(_rows(x), v, t, transpose)[0].reshape(x.shape)
+    return reference.reflect_fwd(as_rows(x), v, t, transpose)[0].reshape(x.shape)
 
 
 class _Reflect(torch.autograd.Function):
@@ -183,10 +183,10 @@ class _Factor(torch.autograd.Function):
         if wants_graph():
             plain = lambda *us: _plain_chain_factor(us, ctx.apply_gs)  # noqa: E731
             return None, None, None, *differentiable_backward(plain, us, needed, (dv, dt))
-        return None, None, None, *_factor_bwd(torch.ops.hra.wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
+        return None, None, None, *chain_factor_bwd(torch.ops.hra.wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
 
 
-def _factor_bwd(
+def chain_factor_bwd(
     wy_factor_bwd: Callable,
     dv: Tensor,
     dt: Tensor,
@@ -216,7 +216,7 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor, apply_gs, transpose, *us):
         v, t = factor
-        y, p = choose(x.device, x.dtype, *v.shape).reflect_fwd(_rows(x), v, t, transpose)
+        y, p = choose(x.device, x.dtype, *v.shape).reflect_fwd(as_rows(x), v, t, transpose)
         ctx.apply_gs, ctx.transpose = apply_gs, transpose
         ctx.save_for_backward(x, v, t, p, *us)
         return y if x.dim() == 2 else y.view(x.shape)
@@ -229,15 +229,15 @@ class _Chain(torch.autograd.Function):
             plain = lambda x, *us: (_plain_chain(x, us, ctx.apply_gs, ctx.transpose),)  # noqa: E731
             dx, *dus = differentiable_backward(plain, (x, *us), (need_dx, *needed), (dy,))
             return dx, None, None, None, *dus
-        shape, rows = x.shape, _rows(x)
+        shape, rows = x.shape, as_rows(x)
         if is_eager(dy, x, v, t, p, *us):  # not in compiled autograd, or where hooks on saved tensors brought others
-            dy = _rows(dy)
+            dy = as_rows(dy)
             checks.check_chain_bwd("reflect_chain", dy, rows, us, v, t, p)
             dx, dus = _chain_bwd(dy, rows, us, v, t, p, ctx.transpose, ctx.apply_gs, needed)
         else:
             dy = _gradient_rows(dy)
             dx, dv, dt = torch.ops.hra.reflect_bwd(dy, rows, v, t, p, ctx.transpose)
-            dus = _factor_bwd(torch.ops.hra.wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
+            dus = chain_factor_bwd(torch.ops.hra.wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
         if not need_dx:
             dx = None
         elif len(shape) != 2:
@@ -264,7 +264,7 @@ def _chain_bwd(dy, x, us, v, t, p, transpose, apply_gs, needed):
         chosen = choose(device, u.dtype, u.shape[1], factor=True)
         return chosen.wy_factor_bwd(dv, dt, u, v, t, gs)
 
-    return dx, _factor_bwd(wy_factor_bwd, dv, dt, us, v, t, apply_gs, needed)
+    return dx, chain_factor_bwd(wy_factor_bwd, dv, dt, us, v, t, apply_gs, needed)
 
 
 # --- public functions -------------------------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def _near_one(v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool) -> Tensor:
-    rows = _rows(x)
+    rows = as_rows(x)
     if wants_plain_ops():
         y = reference.reflect_fwd(rows, v, t, transpose)[0]
     elif _wants_gradient(x, v, t):
@@ -426,8 +426,8 @@ def reflect_chain(
         if us[0].requires_grad or any(u.requires_grad for u in us):
             if _has_rows(x):
                 return _apply_chain(x, factor, apply_gs, transpose, *us)
-            return _apply_chain(_rows(x), factor, apply_gs, transpose, *us).view(x.shape)
+            return _apply_chain(as_rows(x), factor, apply_gs, transpose, *us).view(x.shape)
         if x.requires_grad:
             return _reflect(x, v, t, transpose)
-    y = choose(x.device, x.dtype, *v.shape).reflect_dx(_rows(x), v, t, not transpose)
+    y = choose(x.device, x.dtype, *v.shape).reflect_dx(as_rows(x), v, t, not transpose)
     return y if x.dim() == 2 else y.view(x.shape)

@@ -2,8 +2,9 @@
 
     W Q in place of the base layer's weight W,  Q = Q_1 Q_2 ... of the active adapters, applied in one pass
 
-The base layer is always run through its own forward, so its hooks, its quantization and its offloading are its own
-business. Saved for backward: x, x vᵀ (M, R) and the factor; the factor is computed once per value of the adapters.
+The base layer is run through its own forward, so its hooks, its quantization and its offloading are its own business;
+only for a plain `nn.Linear` without any is W Q formed, in training, where that is faster (`weight_side`). Saved for
+backward: x, x vᵀ (M, R) and the factor; the factor is computed once per value of the adapters.
 """
 
 import warnings

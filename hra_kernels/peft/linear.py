@@ -7,10 +7,12 @@ import torch
 from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from torch import Tensor, nn
 
+from hra_kernels import weight_side
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.ops import reflect_chain
+from hra_kernels.partition import is_whole
 from hra_kernels.peft import output_side, sharded
-from hra_kernels.peft.base_weight import is_torchao, unpack_for_cpu
+from hra_kernels.peft.base_weight import has_own_forward, is_torchao, unpack_for_cpu
 from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.soft import SIDES
 
@@ -39,6 +41,8 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
                 x = torch.nested.as_nested_tensor(
                     [reflect_chain(part, us, apply_gs, factor, transpose=True) for part in x.unbind()]
                 )
+            elif not (args or kwargs) and self._takes_weight_side(x, us, apply_gs):
+                return weight_side.linear(x, base.weight, base.bias, us, apply_gs, factor)
             else:
                 x = reflect_chain(x, us, apply_gs, factor, transpose=True)
             return self.base_layer(x, *args, **kwargs)
@@ -50,6 +54,16 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
         reflect = partial(sharded.reflect, us=us, apply_gs=apply_gs, cache=self._factors)
         return sharded.call_base(base, reflect, x, *args, **kwargs)
 
+    def _takes_weight_side(self, x: Tensor, us: list[Tensor], apply_gs: list[bool]) -> bool:
+        """Whether W Q serves better, and nobody but PyTorch's own `F.linear` would see W or x in the base layer."""
+        base = self._modules["base_layer"]
+        weight = base._parameters.get("weight")
+        if type(base) is not nn.Linear or type(weight) is not nn.Parameter:
+            return False
+        if not weight_side.serves(x, weight, us, apply_gs):
+            return False
+        return is_whole(weight) and not has_own_forward(base) and not _is_watched(base)
+
     def _forward_with_output(
         self, x: Tensor, names: list[str], adapter_names: list[str] | None, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -60,6 +74,12 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
             return super()._mixed_forward(x, adapter_names)
         batch = self._mixed_batch(adapter_names, x)
         return self.base_layer(reflect_mixed(x, *batch, transpose=True), *args, **kwargs)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody's hooks, accelerate's included, run around the module's forward or backward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "_hf_hook" in vars(module) or torch.nn.modules.module._has_any_global_hook()
 
 
 class HRAQuantizedLinear(HRALinear):

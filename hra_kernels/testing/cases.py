@@ -74,16 +74,23 @@ def make_inputs(case: Case, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, 
     return x, u, dy
 
 
-def explicit(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """y, dx and du by autograd through the explicit chain, one reflection at a time, all of it in `dtype`.
+def unit_columns(u: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """u's columns in `dtype`, as a leaf, without their powers of two, and these: du is the leaf's gradient over them.
 
-    In float64 this is the exact answer. Powers of two are taken out of the columns first (and put back into du), so
-    that the naive chain is not blamed for what its dtype cannot hold.
+    So a naive chain is not blamed for what its dtype cannot hold.
     """
     exponent = torch.frexp(torch.linalg.vector_norm(u.double(), dim=0)).exponent
     scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent)
     scale = torch.where((u != 0).any(0), scale, 1)
-    unit = (u.double() / scale).to(dtype).requires_grad_()
+    return (u.double() / scale).to(dtype).requires_grad_(), scale
+
+
+def explicit(x: Tensor, u: Tensor, dy: Tensor, case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """y, dx and du by autograd through the explicit chain, one reflection at a time, all of it in `dtype`.
+
+    In float64 this is the exact answer.
+    """
+    unit, scale = unit_columns(u, dtype)
     x = x.detach().to(dtype).requires_grad_()
     y = reference.explicit_chain(unit, case.apply_gs, x, case.transpose)
     y.backward(dy.to(dtype))
