@@ -44,6 +44,7 @@ PRESETS = {
     "paper": {"rank": 32, "batch_size": 32, "max_length": 512, "epochs": 2},
     "official": {"rank": 8, "batch_size": 32, "max_length": 512, "epochs": 2, "lr": 1e-5, "penalty": 1e-4},
 }
+OFFICIAL_EPS = 1e-4
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{query}\n\n### Response:"
@@ -216,12 +217,8 @@ def _answer_losses(found, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _preset(arguments: argparse.Namespace) -> dict:
-    if arguments.preset == "official":
-        raise RecipeError(
-            "--preset official: the official code's layer reflects outputs and adds ε, which is not here yet"
-        )
-    if arguments.preset is None:
-        return {}
+    if arguments.preset != "paper":
+        return PRESETS.get(arguments.preset, {})
     penalty = float("inf") if arguments.apply_gs else arguments.penalty or 0.0
     rate = 1e-5 if penalty == 0 else 1e-3 if penalty == float("inf") else 3e-5
     return PRESETS[arguments.preset] | {"lr": rate}
@@ -246,6 +243,9 @@ def open_application(arguments: argparse.Namespace) -> Math:
     base = Base.open(model, TaskType.CAUSAL_LM, arguments.seed, options=options)
     app = Math(arguments, base, parts)
     app.source = source
+    if arguments.preset == "official":
+        app.layer = {"side": "output", "eps": 0.0 if arguments.apply_gs else OFFICIAL_EPS}
+        app.notes = ("The official code's layer, which PEFT's HRA has not: reflected outputs, soft unit vectors.",)
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else None)
     if steps is None and arguments.epochs:
         steps = math.ceil(arguments.epochs * (len(app.train) // app.batch_size))
