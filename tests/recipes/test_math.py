@@ -81,6 +81,7 @@ def test_official_layer(job, tmp_path):
     assert official["losses"][0] - plain["losses"][0] == pytest.approx(wanted, rel=0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(job, tmp_path):
     """Responses of several lengths: a mean per process would not be the mean per token."""
     assert cli.main([*job, "--no-compare", "--lambda", "0.01", "--out", str(tmp_path / "one")]) == 0
@@ -91,6 +92,13 @@ def test_two_processes_have_the_losses_of_one(job, tmp_path):
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=FLOAT32, atol=0)
     assert two["validation"] == [[step, pytest.approx(value, rel=FLOAT32)] for step, value in one["validation"]]
+
+
+def test_batch_is_shared_by_all_processes(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    capsys.readouterr()
+    assert cli.main([*job, "--out", str(tmp_path)]) == 2
+    assert "--batch-size: expected a multiple of 3 processes, got 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

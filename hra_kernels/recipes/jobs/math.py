@@ -37,7 +37,7 @@ DEFAULTS = {
     "seed": 0,
     "out": Path("runs/math"),
 }
-STEPS, QUICK_STEPS = 60, 8
+STEPS, QUICK_STEPS, QUICK_BATCH = 60, 8, 4
 HELD_OUT, QUICK_HELD_OUT = 100, 16  # examples of validation, and as many of test
 PRESETS = {
     # appendix B, r 32: learning rates for λ = 0, a positive λ, and Gram-Schmidt
@@ -55,7 +55,7 @@ WARM_UP = 0.005  # share of the steps
 EPILOG = f"""\
 examples:
   hra-kernels train math                                 SmolLM2-135M on ASDiv, {STEPS} steps
-  hra-kernels train math --quick                         {QUICK_STEPS} steps and fewer examples
+  hra-kernels train math --quick                         {QUICK_STEPS} steps of {QUICK_BATCH}, fewer held-out examples
   hra-kernels train math --model meta-llama/Llama-2-7b-hf --data MetaMathQA-40K.jsonl --preset paper --lambda 1e-4
   hra-kernels eval math --model runs/math/merged --data gsm8k.jsonl
   torchrun --nproc-per-node 2 -m hra_kernels.cli train math
@@ -227,7 +227,7 @@ def _preset(arguments: argparse.Namespace) -> dict:
 def open_application(arguments: argparse.Namespace) -> Math:
     """Raises RecipeError: the model or the data are not what the options say."""
     preset = _preset(arguments)
-    resolve(arguments, preset, DEFAULTS)
+    resolve(arguments, preset, {"batch_size": QUICK_BATCH} if arguments.quick else {}, DEFAULTS)
     if arguments.data:
         source, problems = str(arguments.data), _read(arguments.data, arguments.query, arguments.response)
     else:
