@@ -2,9 +2,10 @@
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ class Application(ABC):
         output: what one number of `outputs` is.
         described: more of the data for results.json; `notes` are sentences for the page.
         rivals: methods to train as well, for their metrics.
+        layer: fields of `hra_kernels.peft.HRAConfig` that PEFT's own has not; with some, nothing is compared
+            with PEFT's own HRA.
     """
 
     arguments: argparse.Namespace
@@ -64,6 +67,7 @@ class Application(ABC):
     output: ClassVar[str] = "output"
     rivals: ClassVar[Sequence[str]] = ()
     described: ClassVar[dict[str, list[str]]] = {}
+    layer: Mapping[str, Any] = MappingProxyType({})
     notes: Sequence[str] = ()
     started: float
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import transformers
-from peft import HRAConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 
+from hra_kernels.peft import HRAConfig
 from hra_kernels.recipes import RecipeError, refusing
 
 Batch = dict[str, Tensor]
@@ -71,7 +72,8 @@ class Base:
         """A fresh copy with the adapter that is saved in the folder."""
         return PeftModel.from_pretrained(self.model(), folder).eval()
 
-    def hra_config(self, rank: int, targets: Sequence[str], apply_gs: bool) -> HRAConfig:
+    def hra_config(self, rank: int, targets: Sequence[str], apply_gs: bool, **layer: Any) -> HRAConfig:
+        """`layer`: fields that PEFT's own HRAConfig has not."""
         # Gram-Schmidt of equal columns keeps one of each pair, so with it the columns are drawn independently
         return HRAConfig(
             task_type=self.kind,
@@ -80,6 +82,7 @@ class Base:
             apply_GS=apply_gs,
             init_weights=not apply_gs,
             modules_to_save=list(self.trained_whole) or None,
+            **layer,
         )
 
     def lora_config(self, rank: int, targets: Sequence[str]) -> LoraConfig:

@@ -53,7 +53,7 @@ def _adapted(app: Application, lora: bool = False) -> PeftModel:
     chosen = app.arguments
     if lora:
         return app.base.adapted(app.base.lora_config(chosen.rank, chosen.target_modules))
-    return app.base.adapted(app.base.hra_config(chosen.rank, chosen.target_modules, chosen.apply_gs))
+    return app.base.adapted(app.base.hra_config(chosen.rank, chosen.target_modules, chosen.apply_gs, **app.layer))
 
 
 def _train(app: Application, model: PeftModel, folder: Path, console: Console, title: str, resume: str | None):
@@ -126,8 +126,9 @@ def _compare_saved(app: Application, folder: Path, model: PeftModel, trained: Te
         merged.save_pretrained(folder / "merged")
         base.tokenizer.save_pretrained(folder / "merged")
     found["exported, loaded as LoRA"] = compared(base.saved_adapter(folder / "lora"))
-    with hra_kernels.peft.disabled():
-        found["loaded with PEFT's own HRA"] = compared(base.saved_adapter(folder / "adapter"))
+    if not app.layer:
+        with hra_kernels.peft.disabled():
+            found["loaded with PEFT's own HRA"] = compared(base.saved_adapter(folder / "adapter"))
     return found
 
 
@@ -145,14 +146,15 @@ def _rivals(app: Application, console: Console, folder: Path) -> dict[str, dict[
 def methods(app: Application, state: dict[str, Tensor]) -> list[step_cost.Method]:
     """The ways to train the model: HRA's two go on from `state`, since at the start every reflection cancels."""
     with hra_kernels.peft.enabled():
-        ours = step_cost.Method(OURS, _adapted(app))
-    with hra_kernels.peft.disabled():
-        peft_hra = step_cost.Method(PEFT_HRA, _adapted(app))
-    for method in (ours, peft_hra):
+        hra = [step_cost.Method(OURS, _adapted(app))]
+    if not app.layer:
+        with hra_kernels.peft.disabled():
+            hra.append(step_cost.Method(PEFT_HRA, _adapted(app)))
+    for method in hra:
         set_peft_model_state_dict(method.model, state)
     found = [step_cost.Method(HEAD_ONLY, step_cost.frozen(app.base, app.heads, through=False))] if app.heads else []
     found.append(step_cost.Method(FLOOR, step_cost.frozen(app.base, app.heads, through=True)))
-    return [*found, ours, step_cost.Method(LORA, _adapted(app, lora=True)), peft_hra]
+    return [*found, hra[0], step_cost.Method(LORA, _adapted(app, lora=True)), *hra[1:]]
 
 
 def _time(app: Application, console: Console, state: dict[str, Tensor]) -> dict[str, Any]:
@@ -167,19 +169,23 @@ def _time(app: Application, console: Console, state: dict[str, Tensor]) -> dict[
         task = progress.add_task("", total=rounds + len(timed))
         step_cost.measure(timed, batches, rounds, COST_SECONDS, lambda: progress.advance(task))
     named = {method.name: method for method in timed}
-    difference = step_cost.largest_loss_difference(named[OURS], named[PEFT_HRA])
     seconds = {method.name: method.median() for method in timed}
-    faster = seconds[PEFT_HRA] / seconds[OURS]
     console.print(_cost_table(timed))
+    found = {
+        "load_average_before_timing": load,
+        "step_cost": {method.name: method.summary() for method in timed},
+        "over_floor": seconds[OURS] / seconds[FLOOR],
+    }
+    if PEFT_HRA not in named:
+        return found
+    difference = step_cost.largest_loss_difference(named[OURS], named[PEFT_HRA])
+    faster = seconds[PEFT_HRA] / seconds[OURS]
     console.print(
         f"\n[bold]{faster:.1f} times faster than PEFT's HRA[/bold], on the same batches with the same losses "
         f"(largest relative difference {difference:.1e})"
     )
-    return {
-        "load_average_before_timing": load,
-        "step_cost": {method.name: method.summary() for method in timed},
+    return found | {
         "times_faster_than_peft_hra": faster,
-        "over_floor": seconds[OURS] / seconds[FLOOR],
         "largest_loss_difference_from_peft_hra": difference,
     }
 

@@ -31,6 +31,7 @@ def markdown(results: dict[str, Any], main: Metric, output: str, ours: str, floo
             row = [name, seconds_text(cost["median_s"]), f"{cost['median_s'] / base:.2f}"]
             rows.append([f"**{cell}**" for cell in row] if name == ours else row)
         parts.append(markdown_table(["one training step", "median", f"over “{floor}”"], rows))
+    if "times_faster_than_peft_hra" in results:
         parts.append(
             f"{results['times_faster_than_peft_hra']:.1f} times faster than PEFT's HRA on the same batches, with the "
             f"same losses (largest relative difference {results['largest_loss_difference_from_peft_hra']:.0e})."

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel, PeftType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from hra_kernels.recipes import RecipeError
 from hra_kernels.recipes.application import Application
@@ -55,9 +56,10 @@ class SimilarLengths(torch.utils.data.Sampler):
 class Trainer(transformers.Trainer):
     """The loss plus λ times the penalty; validation is the application's, whole on every process."""
 
-    def __init__(self, application: Application, model: nn.Module, arguments: transformers.TrainingArguments):
+    def __init__(self, application: Application, model: PeftModel, arguments: transformers.TrainingArguments):
         self.application = application
-        self.penalty = getattr(application.arguments, "penalty", 0.0)
+        of_hra = model.active_peft_config.peft_type == PeftType.HRA  # a rival has no reflections
+        self.penalty = application.arguments.penalty if of_hra else 0.0
         super().__init__(
             model,
             arguments,
@@ -207,7 +209,7 @@ def training_arguments(application: Application, folder: Path) -> transformers.T
 
 
 def fit(
-    application: Application, model: nn.Module, folder: Path, console: Console, title: str, resume: str | None
+    application: Application, model: PeftModel, folder: Path, console: Console, title: str, resume: str | None
 ) -> Training:
     """Train in place, on every process; the model is left as it was at the best validation."""
     arguments = training_arguments(application, folder)

@@ -6,10 +6,14 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("peft", reason="the recipes need hra-kernels[train]")
 pytest.importorskip("rich", reason="the recipes need hra-kernels[train]")
 
+from peft import get_peft_model
+
+import hra_kernels.peft
 from hra_kernels import cli
 from hra_kernels.recipes import answers
 from hra_kernels.testing.tolerance import rounding
@@ -42,6 +46,42 @@ def test_trained_saved_and_evaluated(job, tmp_path, capsys):
     assert [row["wanted"].isdigit() for row in found["solutions"]] == 5 * [True]
 
 
+def test_official_layer(job, tmp_path):
+    """The output side with ε, λ times the penalty of its unit columns; nothing of PEFT's own HRA to compare with."""
+    rows = {}
+    for penalty in ("0", "1e-4", "inf"):
+        out = tmp_path / penalty
+        command = [*job, "--preset", "official", "--lr", "1e-2", "--lambda", penalty, "--out", str(out)]
+        assert cli.main([*command, *([] if penalty == "1e-4" else ["--no-compare"])]) == 0
+        rows[penalty] = json.loads((out / "results.json").read_text())
+        assert len(rows[penalty]["losses"]) == 3
+        assert set(rows[penalty]["saved"]) == {
+            "loaded into a fresh model",
+            "merged, no adapter left",
+            "exported, loaded as LoRA",
+        }
+        assert all(saved["max_difference"] < FLOAT32 for saved in rows[penalty]["saved"].values())
+        config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        assert config["side"] == "output" and config.get("eps", 0) == (0 if penalty == "inf" else 1e-4)
+        assert config["apply_GS"] is (penalty == "inf")
+    plain, official = rows["0"], rows["1e-4"]
+    assert plain["test"]["after"] != plain["test"]["before: pretrained"]
+    assert set(official["step_cost"]) == {"frozen, gradient through it", "HRA, hra_kernels", "LoRA, PEFT"}
+    assert "times_faster_than_peft_hra" not in official
+    torch.manual_seed(0)
+    with hra_kernels.peft.enabled():
+        base = transformers.AutoModelForCausalLM.from_pretrained(job[3])
+        names = ["q_proj", "v_proj"]
+        torch.manual_seed(0)
+        config = hra_kernels.peft.HRAConfig(r=8, target_modules=names, side="output", eps=1e-4)
+        us = [p.detach().flatten(0, -2) for n, p in get_peft_model(base, config).named_parameters() if "hra_u" in n]
+    units = [u / u.norm(dim=0) for u in us]
+    penalty = sum(torch.linalg.matrix_norm(torch.eye(8) - unit.T @ unit) for unit in units)
+    wanted = 1e-4 * penalty.item()
+    assert official["losses"][0] - plain["losses"][0] == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(job, tmp_path):
     """Responses of several lengths: a mean per process would not be the mean per token."""
     assert cli.main([*job, "--no-compare", "--lambda", "0.01", "--out", str(tmp_path / "one")]) == 0
@@ -54,6 +94,13 @@ def test_two_processes_have_the_losses_of_one(job, tmp_path):
     assert two["validation"] == [[step, pytest.approx(value, rel=FLOAT32)] for step, value in one["validation"]]
 
 
+def test_batch_is_shared_by_all_processes(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    capsys.readouterr()
+    assert cli.main([*job, "--out", str(tmp_path)]) == 2
+    assert "--batch-size: expected a multiple of 3 processes, got 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -61,7 +108,6 @@ def test_two_processes_have_the_losses_of_one(job, tmp_path):
         (["--max-length", "3"], "--max-length 3: expected room for an answer"),
         (["--data", "absent"], "--data absent"),
         (["--model", "./absent"], "--model ./absent: expected a model name or folder"),
-        (["--preset", "official"], "--preset official: "),
     ],
 )
 def test_bad_input_is_one_line(job, tmp_path, capsys, options, said):

@@ -63,7 +63,11 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "bug", "said"), PLANTED, ids=[bug.__name__ for _, bug, _ in PLANTED])
+QUICK = (does_not_launch, scales_dv)
+ROWS = [pytest.param(*row, id=row[1].__name__, marks=[] if row[1] in QUICK else pytest.mark.slow) for row in PLANTED]
+
+
+@pytest.mark.parametrize(("name", "bug", "said"), ROWS)
 def test_a_planted_bug_is_found(few_cases, monkeypatch, capsys, name, bug, said):
     monkeypatch.setattr(REFERENCE, name, bug)
     assert cli.main(["verify", "--backend", "reference"]) == 1

@@ -37,13 +37,14 @@ DEFAULTS = {
     "seed": 0,
     "out": Path("runs/math"),
 }
-STEPS, QUICK_STEPS = 60, 8
+STEPS, QUICK_STEPS, QUICK_BATCH = 60, 8, 4
 HELD_OUT, QUICK_HELD_OUT = 100, 16  # examples of validation, and as many of test
 PRESETS = {
     # appendix B, r 32: learning rates for λ = 0, a positive λ, and Gram-Schmidt
     "paper": {"rank": 32, "batch_size": 32, "max_length": 512, "epochs": 2},
     "official": {"rank": 8, "batch_size": 32, "max_length": 512, "epochs": 2, "lr": 1e-5, "penalty": 1e-4},
 }
+OFFICIAL_EPS = 1e-4
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{query}\n\n### Response:"
@@ -54,7 +55,7 @@ WARM_UP = 0.005  # share of the steps
 EPILOG = f"""\
 examples:
   hra-kernels train math                                 SmolLM2-135M on ASDiv, {STEPS} steps
-  hra-kernels train math --quick                         {QUICK_STEPS} steps and fewer examples
+  hra-kernels train math --quick                         {QUICK_STEPS} steps of {QUICK_BATCH}, fewer held-out examples
   hra-kernels train math --model meta-llama/Llama-2-7b-hf --data MetaMathQA-40K.jsonl --preset paper --lambda 1e-4
   hra-kernels eval math --model runs/math/merged --data gsm8k.jsonl
   torchrun --nproc-per-node 2 -m hra_kernels.cli train math
@@ -216,12 +217,8 @@ def _answer_losses(found, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _preset(arguments: argparse.Namespace) -> dict:
-    if arguments.preset == "official":
-        raise RecipeError(
-            "--preset official: the official code's layer reflects outputs and adds ε, which is not here yet"
-        )
-    if arguments.preset is None:
-        return {}
+    if arguments.preset != "paper":
+        return PRESETS.get(arguments.preset, {})
     penalty = float("inf") if arguments.apply_gs else arguments.penalty or 0.0
     rate = 1e-5 if penalty == 0 else 1e-3 if penalty == float("inf") else 3e-5
     return PRESETS[arguments.preset] | {"lr": rate}
@@ -230,7 +227,7 @@ def _preset(arguments: argparse.Namespace) -> dict:
 def open_application(arguments: argparse.Namespace) -> Math:
     """Raises RecipeError: the model or the data are not what the options say."""
     preset = _preset(arguments)
-    resolve(arguments, preset, DEFAULTS)
+    resolve(arguments, preset, {"batch_size": QUICK_BATCH} if arguments.quick else {}, DEFAULTS)
     if arguments.data:
         source, problems = str(arguments.data), _read(arguments.data, arguments.query, arguments.response)
     else:
@@ -246,6 +243,9 @@ def open_application(arguments: argparse.Namespace) -> Math:
     base = Base.open(model, TaskType.CAUSAL_LM, arguments.seed, options=options)
     app = Math(arguments, base, parts)
     app.source = source
+    if arguments.preset == "official":
+        app.layer = {"side": "output", "eps": 0.0 if arguments.apply_gs else OFFICIAL_EPS}
+        app.notes = ("The official code's layer, which PEFT's HRA has not: reflected outputs, soft unit vectors.",)
     steps = arguments.steps or (QUICK_STEPS if arguments.quick else None)
     if steps is None and arguments.epochs:
         steps = math.ceil(arguments.epochs * (len(app.train) // app.batch_size))

@@ -38,7 +38,7 @@ WARM_UP = 0.1  # share of the steps in which the learning rate rises
 EPILOG = f"""\
 examples:
   hra-kernels train nlu                                  MiniLM-L6 on movie-review sentences, 2 to 6 minutes on 2 cores
-  hra-kernels train nlu --quick                          {QUICK_STEPS} steps, fewer sentences, under 90 seconds
+  hra-kernels train nlu --quick                          {QUICK_STEPS} steps, fewer sentences, under 3 minutes
   hra-kernels train nlu --data mine.csv --text review --label stars
   hra-kernels train nlu --model ./my-model --target-modules query,value --rank 16
   hra-kernels train nlu --task cola --preset paper --lambda 1e-6 [--model FOLDER] [--data FOLDER]
