@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, PeftType
+from peft import PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -208,6 +208,14 @@ def training_arguments(application: Application, folder: Path) -> transformers.T
     )
 
 
+def _finished(resume: str | None, steps: int) -> transformers.TrainerState | None:
+    """The state of a checkpoint after the last step, from which the Trainer would make one more."""
+    if resume is None:
+        return None
+    state = transformers.TrainerState.load_from_json(str(Path(resume) / "trainer_state.json"))
+    return state if state.global_step >= steps else None
+
+
 def fit(
     application: Application, model: PeftModel, folder: Path, console: Console, title: str, resume: str | None
 ) -> Training:
@@ -219,15 +227,20 @@ def fit(
         (folder / ARGUMENTS).write_text(json.dumps(compared(application.arguments), indent=2))
     reporting = Reporting(application, console, title)
     trainer.add_callback(reporting)
-    with reporting.progress:
-        done = trainer.train(resume_from_checkpoint=resume)
+    if state := _finished(resume, application.settings.steps):
+        set_peft_model_state_dict(model, load_peft_weights(str(folder / Path(state.best_model_checkpoint).name)))
+        seconds = 0.0
+    else:
+        with reporting.progress:
+            seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
+        state = trainer.state
     model.eval()
-    history, main = trainer.state.log_history, application.main.name
+    history, main = state.log_history, application.main.name
     checks = {entry["step"]: entry["eval_" + main] for entry in history if "eval_" + main in entry}
     best = max if application.main.higher else min
     kept = next(step for step, value in checks.items() if value == best(checks.values()))
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    return Training(losses, list(checks.items()), kept, done.metrics["train_runtime"])
+    return Training(losses, list(checks.items()), kept, seconds)
 
 
 def forget_checkpoints(folder: Path) -> None:

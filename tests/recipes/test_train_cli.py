@@ -111,6 +111,20 @@ def test_resumed(job, tmp_path, monkeypatch, capsys):
     assert "expected checkpoints of an interrupted run" in said(capsys, [*longer, "--resume"], 2)
 
 
+def test_resumed_after_the_last_step(job, tmp_path, monkeypatch, capsys):
+    out, longer = tmp_path / "out", [*job, "--steps", "4", "--batch-size", "16"]
+    assert cli.main(longer) == 0
+    whole = json.loads((out / "results.json").read_text())
+    with monkeypatch.context() as patched:
+        whole_fit = trainer.fit
+        patched.setattr(trainer, "fit", lambda *arguments: (whole_fit(*arguments), signal.raise_signal(signal.SIGINT)))
+        said(capsys, longer, 130)
+    assert cli.main([*longer, "--resume"]) == 0
+    resumed = json.loads((out / "results.json").read_text())
+    for same in ("losses", "test", "kept_step"):
+        assert resumed[same] == whole[same], same
+
+
 def test_stopped_while_drawing(job, tmp_path, monkeypatch, capsys):
     """What was trained is there, and no results of an earlier run that could be taken for its own."""
     assert cli.main(job) == 0
