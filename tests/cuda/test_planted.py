@@ -93,6 +93,7 @@ def test_planted_probe_is_caught(probes, name):
         assert PROBES[name] in probe(probes, name, True, seed).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBES)
 def test_right_probe_passes_under_sanitizers(sanitized_probes, name):
     for seed in emulation.SEEDS:
@@ -100,6 +101,7 @@ def test_right_probe_passes_under_sanitizers(sanitized_probes, name):
         assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
 
 
+@pytest.mark.slow
 def test_shared_overrun_is_located_by_the_sanitizer(sanitized_probes):
     done = probe(sanitized_probes, "shared_overrun", True, 0)
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr and "shared_overrun" in done.stderr

@@ -30,7 +30,7 @@ def chain(flags, transpose=True):
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=str)
-@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("transpose", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradcheck_and_gradgradcheck(on_backend, device, flags, transpose):
     if ops.BACKENDS[on_backend].why_unsupported(device, torch.float64, 3):
         pytest.skip(f"{on_backend} leaves float64 to the reference")

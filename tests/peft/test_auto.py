@@ -45,6 +45,7 @@ def test_without_it_peft_builds_its_own():
     assert done.stdout == "__main__ peft []\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_script_runs_as_by_python(program):
     done = run("-m", "hra_kernels.peft.auto", str(program / "program.py"), "-m", "--lr=1", folder=program.parent)
     assert done.returncode == 0, done.stderr

@@ -430,6 +430,7 @@ def test_transformers_files(tmp_path):
         copy.deepcopy(base).load_adapter(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_graphs():
     """torch.compile, torch.export and torch.jit.trace, with both sides at once."""
     model, x = both_sides().eval(), inputs()

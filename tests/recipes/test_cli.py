@@ -68,7 +68,11 @@ def test_env_json():
     assert set(found) >= {"hra_kernels", "python", "torch", "peft", "peft_support", "nvcc", "gpus", "cpu_isa"}
 
 
-@pytest.mark.parametrize("arguments", [["env"], ["verify", "--backend", "reference"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param(["env"], marks=pytest.mark.slow), ["verify", "--backend", "reference"]],
+    ids=lambda words: words[0],
+)
 def test_output_that_nobody_reads(arguments):
     """As in `| head`: the reader has left before the first line."""
     reader, writer = os.pipe()

@@ -94,6 +94,7 @@ def test_every_available_backend_is_right_and_the_others_are_named(few_cases, mo
     assert not torch.are_deterministic_algorithms_enabled() or torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+@pytest.mark.slow
 def test_json(few_cases, monkeypatch, capsys):
     assert cli.main(["verify", "--backend", "reference", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
