@@ -35,7 +35,9 @@ _BLOCK = 2**22
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate loads this module's own parameters around its forward, and only then."""
-    return getattr(vars(module).get("_hf_hook"), "offload", False)  # found missing sooner than by getattr
+    # vars finds it missing sooner than getattr; PyTorch 2.8 compiles no vars
+    hook = getattr(module, "_hf_hook", None) if torch.compiler.is_compiling() else vars(module).get("_hf_hook")
+    return getattr(hook, "offload", False)
 
 
 def runs_on(module: nn.Module) -> torch.device | None:

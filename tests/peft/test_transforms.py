@@ -286,7 +286,7 @@ def test_ddp(tmp_path):
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
     command = [sys.executable, "-c", DDP, str(tmp_path / "store")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "agree", done.stderr
+    assert done.stdout.strip().splitlines()[-1:] == ["agree"], done.stderr  # gloo may speak before
 
 
 def test_inference_mode_then_training(model):
