@@ -43,10 +43,10 @@ def _hat(u_ptr, stride_ud, stride_ur, offs_r, mask_r, offs_d, D, scale):
 @triton.jit
 def _tree_sum(a, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of rows [ROWS], bit for bit the same in every kernel: a sum of two has one order, whatever the layout."""
-    if COLUMNS == 1:
-        return tl.reshape(a, (ROWS,))
-    else:
-        return _tree_sum(tl.sum(tl.reshape(a, (ROWS, COLUMNS // 2, 2)), axis=2), ROWS, COLUMNS // 2)
+    for level in tl.static_range(16):
+        if (COLUMNS >> level) > 1:
+            a = tl.sum(tl.reshape(a, (ROWS, COLUMNS >> (level + 1), 2)), axis=2)
+    return tl.reshape(a, (ROWS,))
 
 
 @triton.jit

@@ -115,7 +115,7 @@ SHAPES_OF_EVERY_LINE = ((64, 4096), (8192, 2048), (8192, 4096), (8192, 16384))
 
 def gram_splits(rank: int) -> int:
     """Most splits of D in `gram_kernel`: few columns are few programs; of many, the partial sums are R x R each."""
-    return 64 if rank <= 32 else 16
+    return 32 if rank <= 32 else 16
 
 
 def factor_warps(block_r: int) -> int:
