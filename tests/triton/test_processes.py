@@ -29,7 +29,7 @@ pytestmark = [
 def start(release, cache, interpret, arguments):
     environment = triton_releases.environment(release, cache)
     environment |= {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rN", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-rN", *arguments]
     return subprocess.Popen(
         command,
         cwd=triton_releases.ROOT,
