@@ -177,58 +177,29 @@ struct Backward {
 template <class T>
 void forward(const ReflectFwdParams& params, int num_threads) {
   const Forward<T> call(params, num_threads);
-  run_tasks(
-      call.tasks, num_threads, [](int task, void* context) { static_cast<const Forward<T>*>(context)->run(task); },
-      const_cast<Forward<T>*>(&call));
+  run_each(call.tasks, num_threads, [&](int task) { call.run(task); });
 }
 
 template <class T>
 void backward(const ReflectBwdParams& params, int num_threads) {
   const Backward<T> call(params, num_threads);
-  void* const context = const_cast<Backward<T>*>(&call);
-  run_tasks(
-      call.tasks, num_threads, [](int task, void* context) { static_cast<const Backward<T>*>(context)->run(task); },
-      context);
+  run_each(call.tasks, num_threads, [&](int task) { call.run(task); });
   if (call.wants_dt) call.reduce_dt();
   if (!call.wants_dv) return;
   if (call.tasks * params.R * params.D < kParallelWork)
     call.reduce_dv(0, 1);
   else
-    run_tasks(
-        call.tasks, num_threads,
-        [](int task, void* context) {
-          const auto* call = static_cast<const Backward<T>*>(context);
-          call->reduce_dv(task, call->tasks);
-        },
-        context);
+    run_each(call.tasks, num_threads, [&](int task) { call.reduce_dv(task, call.tasks); });
 }
 
 }  // namespace
 
 void reflect_fwd(const ReflectFwdParams& params, int num_threads) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return forward<float>(params, num_threads);
-    case DType::kFloat64:
-      return forward<double>(params, num_threads);
-    case DType::kBFloat16:
-      return forward<BFloat16>(params, num_threads);
-    case DType::kFloat16:
-      return forward<Float16>(params, num_threads);
-  }
+  with_type(params.dtype, [&](auto type) { forward<typename decltype(type)::T>(params, num_threads); });
 }
 
 void reflect_bwd(const ReflectBwdParams& params, int num_threads) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return backward<float>(params, num_threads);
-    case DType::kFloat64:
-      return backward<double>(params, num_threads);
-    case DType::kBFloat16:
-      return backward<BFloat16>(params, num_threads);
-    case DType::kFloat16:
-      return backward<Float16>(params, num_threads);
-  }
+  with_type(params.dtype, [&](auto type) { backward<typename decltype(type)::T>(params, num_threads); });
 }
 
 }  // namespace hra::cpu::HRA_ISA

@@ -30,4 +30,32 @@ class Scratch {
   char* memory_ = nullptr;
 };
 
+// Runs work(task) for every task in [0, tasks); see run_tasks.
+template <class Work>
+void run_each(int tasks, int num_threads, const Work& work) {
+  run_tasks(
+      tasks, num_threads, [](int task, void* context) { (*static_cast<const Work*>(context))(task); },
+      const_cast<Work*>(&work));
+}
+
+template <class Element>
+struct Type {
+  using T = Element;
+};
+
+// Calls work(Type<T>()) for the T of a dtype.
+template <class Work>
+void with_type(DType dtype, const Work& work) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return work(Type<float>());
+    case DType::kFloat64:
+      return work(Type<double>());
+    case DType::kBFloat16:
+      return work(Type<BFloat16>());
+    case DType::kFloat16:
+      return work(Type<Float16>());
+  }
+}
+
 }  // namespace hra::cpu::HRA_ISA

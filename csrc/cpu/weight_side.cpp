@@ -176,34 +176,16 @@ struct WeightSide {
 template <class T>
 void backward(const WeightSideBwdParams& params, int num_threads) {
   const WeightSide<T> call(params, num_threads);
-  void* const context = const_cast<WeightSide<T>*>(&call);
-  run_tasks(
-      call.tasks, num_threads, [](int task, void* context) { static_cast<const WeightSide<T>*>(context)->run(task); },
-      context);
+  run_each(call.tasks, num_threads, [&](int task) { call.run(task); });
   call.combine_small();
   if (3 * params.R * params.R * params.D < kParallelWork) return call.combine(0, 1);
-  run_tasks(
-      call.tasks, num_threads,
-      [](int task, void* context) {
-        const auto* call = static_cast<const WeightSide<T>*>(context);
-        call->combine(task, call->tasks);
-      },
-      context);
+  run_each(call.tasks, num_threads, [&](int task) { call.combine(task, call.tasks); });
 }
 
 }  // namespace
 
 void weight_side_bwd(const WeightSideBwdParams& params, int num_threads) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return backward<float>(params, num_threads);
-    case DType::kFloat64:
-      return backward<double>(params, num_threads);
-    case DType::kBFloat16:
-      return backward<BFloat16>(params, num_threads);
-    case DType::kFloat16:
-      return backward<Float16>(params, num_threads);
-  }
+  with_type(params.dtype, [&](auto type) { backward<typename decltype(type)::T>(params, num_threads); });
 }
 
 }  // namespace hra::cpu::HRA_ISA

@@ -277,18 +277,8 @@ struct Factor {
   }
 
   template <class Work>
-  void run(Work work) {
-    struct Call {
-      Factor* factor;
-      Work* work;
-    } call{this, &work};
-    run_tasks(
-        tasks, tasks,
-        [](int task, void* context) {
-          const Call* call = static_cast<Call*>(context);
-          (*call->work)(*call->factor, task);
-        },
-        &call);
+  void run(const Work& work) {
+    run_each(tasks, tasks, [&](int task) { work(*this, task); });
   }
 
   void make_rows() {
@@ -385,29 +375,13 @@ struct Factor {
 }  // namespace
 
 void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return Factor<float>(params, false, num_threads).forward(params);
-    case DType::kFloat64:
-      return Factor<double>(params, false, num_threads).forward(params);
-    case DType::kBFloat16:
-      return Factor<BFloat16>(params, false, num_threads).forward(params);
-    case DType::kFloat16:
-      return Factor<Float16>(params, false, num_threads).forward(params);
-  }
+  with_type(params.dtype,
+            [&](auto type) { Factor<typename decltype(type)::T>(params, false, num_threads).forward(params); });
 }
 
 void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return Factor<float>(params, true, num_threads).backward(params);
-    case DType::kFloat64:
-      return Factor<double>(params, true, num_threads).backward(params);
-    case DType::kBFloat16:
-      return Factor<BFloat16>(params, true, num_threads).backward(params);
-    case DType::kFloat16:
-      return Factor<Float16>(params, true, num_threads).backward(params);
-  }
+  with_type(params.dtype,
+            [&](auto type) { Factor<typename decltype(type)::T>(params, true, num_threads).backward(params); });
 }
 
 }  // namespace hra::cpu::HRA_ISA
