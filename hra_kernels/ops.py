@@ -135,7 +135,7 @@ def _plain_chain_factor(us: Sequence[Tensor], apply_gs: Sequence[Rule]) -> tuple
     return join_factors([factor_by_rule(wy_factor, u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
-def _plain_chain(x: Tensor, us: Sequence[Tensor], apply_gs: Sequence[bool], transpose: bool) -> Tensor:
+def _plain_chain(x: Tensor, us: Sequence[Tensor], apply_gs: Sequence[Rule], transpose: bool) -> Tensor:
     """`reflect_chain` in differentiable plain PyTorch."""
     v, t = _plain_chain_factor(us, apply_gs)
     return reference.reflect_fwd(as_rows(x), v, t, transpose)[0].reshape(x.shape)
@@ -193,7 +193,7 @@ def chain_factor_bwd(
     us: Sequence[Tensor],
     v: Tensor,
     t: Tensor,
-    apply_gs: Sequence[bool],
+    apply_gs: Sequence[Rule],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of the us that need one, from those of their joined factor."""
