@@ -1,8 +1,8 @@
 """`--base REF`: the same measurement of two commits, this working tree and REF, a ratio of the two beside each method.
 
 Both are built as users build them, into folders of their own, and measured by this tree's benchmark in turns: base,
-head, base, head, each with half the measuring time. What is compared is the ratio to the floor, which does not care
-what the machine did meanwhile.
+head, base, head, each with half the measuring time. A REF from before the package had what this benchmark imports
+is measured by its own. What is compared is the ratio to the floor, which does not care what the machine did meanwhile.
 """
 
 import json
@@ -29,6 +29,9 @@ _WITHOUT_EDITABLE = (
 )
 """`python -m bench` with the hra_kernels of the current folder, also where one is installed in editable mode."""
 
+MISSING = "ModuleNotFoundError: No module named 'hra_kernels."
+"""What Python says where this tree's benchmark meets a package from before its modules."""
+
 
 def _run(command: list[str], **options: object) -> None:
     done = subprocess.run(command, capture_output=True, text=True, **options)
@@ -36,12 +39,29 @@ def _run(command: list[str], **options: object) -> None:
         raise RuntimeError(f"{' '.join(command[:4])} ... failed with {done.returncode}:\n{done.stdout}{done.stderr}")
 
 
-def _install(source: Path, target: Path) -> None:
-    """Build `source` and put its hra_kernels into `target`, beside this tree's bench and tests."""
+def _install(source: Path, target: Path, console: Console) -> None:
+    """Build `source` and put its hra_kernels into `target`, beside a bench and tests that run there."""
     build = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet"]
     _run([*build, "-C", f"build-dir={target}-build", "--target", str(target), str(source)])
+    _copy_benchmark(record.ROOT, target)
+    try:
+        _bench(target, ["--help"])
+    except RuntimeError as error:
+        if MISSING not in str(error):
+            raise
+        console.print("this tree's benchmark does not run on the older package: its own measures it")
+        _copy_benchmark(source, target)
+
+
+def _copy_benchmark(source: Path, target: Path) -> None:
     for name in ("bench", "tests"):
-        shutil.copytree(record.ROOT / name, target / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+        shutil.rmtree(target / name, ignore_errors=True)
+        shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+
+
+def _bench(folder: Path, arguments: list[str]) -> None:
+    """`python -m bench` in `folder`, with the hra_kernels and the benchmark that stand there."""
+    _run([sys.executable, "-c", _WITHOUT_EDITABLE, *arguments], cwd=folder, env=os.environ | {"PYTHONPATH": ""})
 
 
 def _median_ratios(files: list[Path]) -> dict[tuple[str, str, str], float]:
@@ -72,8 +92,8 @@ def compare(ref: str, level: str, arguments: list[str], seconds: float, console:
         _run(["git", "-C", str(record.ROOT), "worktree", "add", "--detach", str(tree), ref])
         try:
             console.print(f"building {ref} and the working tree ...")
-            _install(tree, scratch / "base")
-            _install(record.ROOT, scratch / "head")
+            _install(tree, scratch / "base", console)
+            _install(record.ROOT, scratch / "head", console)
             commit = subprocess.run(["git", "-C", str(tree), "rev-parse", "HEAD"], capture_output=True, text=True)
         finally:
             _run(["git", "-C", str(record.ROOT), "worktree", "remove", "--force", str(tree)])
@@ -82,17 +102,8 @@ def compare(ref: str, level: str, arguments: list[str], seconds: float, console:
             for side, paths in files.items():
                 console.print(f"turn {turn + 1} of {TURNS}: {side}")
                 out = scratch / f"{side}-{turn}"
-                command = [
-                    sys.executable,
-                    "-c",
-                    _WITHOUT_EDITABLE,
-                    level,
-                    *arguments,
-                    "--seconds",
-                    str(seconds / TURNS),
-                ]
-                environment = os.environ | {"PYTHONPATH": ""}
-                _run([*command, "--out", str(out), "--no-plots"], cwd=scratch / side, env=environment)
+                measuring = ["--seconds", str(seconds / TURNS), "--out", str(out), "--no-plots"]
+                _bench(scratch / side, [level, *arguments, *measuring])
                 paths.append(out / f"{level}.json")
         base, head = _median_ratios(files["base"]), _median_ratios(files["head"])
     rows = [
