@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from hra_kernels import reference
-from hra_kernels.backends import cpu, cuda
-from hra_kernels.backends import triton as triton_backend
+from hra_kernels.backends import cpu, cuda, triton_reflect
 
 ROOT = Path(__file__).resolve().parents[2]
 TRITON = "hra_kernels/backends/triton_factor_kernels.py"
@@ -54,4 +53,4 @@ def test_largest_ranks_and_dtype_codes():
 
 def test_scaled_v_fits_float16():
     """v is below 1 in size; Triton asks for less than 128, and scales it for float16: the largest stays finite."""
-    assert 128 * triton_backend._v_scale(torch.float16) <= 2.0**15 < torch.finfo(torch.float16).max
+    assert 128 * triton_reflect.v_scale(torch.float16) <= 2.0**15 < torch.finfo(torch.float16).max

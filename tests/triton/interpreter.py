@@ -13,7 +13,6 @@ import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
-from hra_kernels.backends import triton as triton_backend
 from hra_kernels.backends import tuning
 
 Handle = interpreter.TensorHandle
@@ -122,6 +121,6 @@ def coarse_tiles(request, monkeypatch):
     """The interpreter's time goes with the number of tiles, so most tests run larger ones than those that ship."""
     if "shipped_tiles" not in request.fixturenames:
         monkeypatch.setattr(tuning, "CONFIGS", {tuning.DEFAULT: dict.fromkeys(_SHIPPED, _COARSE)})
-        monkeypatch.setattr(triton_backend, "GRAM_BLOCK_D", 128)
-        monkeypatch.setattr(triton_backend, "SCALE_BLOCK_D", 512)
-        monkeypatch.setattr(triton_backend, "SCALE_PAIRS", 2)
+        monkeypatch.setattr(tuning, "GRAM_BLOCK_D", 128)
+        monkeypatch.setattr(tuning, "SCALE_BLOCK_D", 512)
+        monkeypatch.setattr(tuning, "SCALE_PAIRS", 2)

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hra_kernels.backends import triton as triton_backend
-from hra_kernels.backends import triton_factor_kernels, triton_kernels, tuning
+from hra_kernels.backends import triton_factor_kernels, triton_kernels, triton_launch, tuning
 from tests.triton import wgmma
 from tests.triton.loops import Loop, machine_loops, steady_loops
 
@@ -106,10 +106,10 @@ def launches_of(call: Callable[[], None], target: str = "sm_90") -> list[Launch]
     """Every distinct launch that `call` makes, with the table of `target` and as on it."""
     found: dict[Launch, None] = {}
     backend = mock.patch.multiple(
-        triton_backend,
-        _is_amd=lambda: TARGETS[target].backend == "hip",
-        _kernels=lambda: _overhear(triton_kernels, found),
-        _factor_kernels=lambda: _overhear(triton_factor_kernels, found),
+        triton_launch,
+        is_amd=lambda: TARGETS[target].backend == "hip",
+        kernels=lambda: _overhear(triton_kernels, found),
+        factor_kernels=lambda: _overhear(triton_factor_kernels, found),
     )
     with backend, mock.patch.object(tuning, "architecture", lambda: target):
         call()

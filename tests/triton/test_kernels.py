@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from hra_kernels import ops, reference
 from hra_kernels.backends import triton as triton_backend
-from hra_kernels.backends import triton_factor_kernels, triton_kernels, tuning
+from hra_kernels.backends import triton_factor_kernels, triton_kernels, triton_launch, triton_reflect, tuning
 from hra_kernels.testing.cases import make_u
 from hra_kernels.testing.tolerance import assert_accurate, orthogonality, relative, rounding
 
@@ -78,7 +78,7 @@ def guarded(monkeypatch) -> Callable[[], list[str]]:
             if not ((buffer[:GUARD] == 12345.0).all() and (buffer[-GUARD:] == 12345.0).all())
         ]
 
-    monkeypatch.setattr(triton_backend, "_empty", empty)
+    monkeypatch.setattr(triton_launch, "empty", empty)
     return damage
 
 
@@ -237,18 +237,18 @@ def test_few_programs_go_over_all_rows(dtype, monkeypatch):
     """A chip whose L2 holds less than a row block: each of its three processors takes every third block."""
     x, _, v, t = reflect_inputs(7 * 64 - 5, 40, 8, dtype)
     at_once = TRITON.reflect_fwd(x, v, t, True)
-    monkeypatch.setattr(triton_backend, "_chip", lambda device: (3, 1))
-    assert triton_backend._most_row_blocks(x, 64) == 3
+    monkeypatch.setattr(triton_reflect, "_chip", lambda device: (3, 1))
+    assert triton_reflect._most_row_blocks(x, 64) == 3
     for expected, got in zip(at_once, TRITON.reflect_fwd(x, v, t, True), strict=True):
         assert torch.equal(expected, got)
 
 
 def test_rows_in_flight_fit_l2(monkeypatch):
     """132 processors, 50 MB of L2: one program each where rows are wide, more where they are narrow."""
-    monkeypatch.setattr(triton_backend, "_chip", lambda device: (132, 50 * 2**20))
+    monkeypatch.setattr(triton_reflect, "_chip", lambda device: (132, 50 * 2**20))
     for D, block_m, each in ((4096, 32, 1), (16384, 16, 1), (2048, 64, 1), (1024, 16, 9)):
         x = torch.empty(8192, D, dtype=torch.bfloat16, device="meta")
-        assert triton_backend._most_row_blocks(x, block_m) == 132 * each
+        assert triton_reflect._most_row_blocks(x, block_m) == 132 * each
 
 
 @pytest.mark.parametrize("module", [triton_kernels, triton_factor_kernels], ids=lambda module: module.__name__)

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from hra_kernels import ops, reflect_chain
 from hra_kernels.backends import triton as triton_backend
-from hra_kernels.backends import triton_factor_kernels, triton_kernels
+from hra_kernels.backends import triton_factor_kernels, triton_kernels, triton_launch
 
 pytestmark = pytest.mark.skipif(
     triton_backend.BACKEND.why_unavailable() is not None, reason="no GPU, and TRITON_INTERPRET=0"
@@ -34,8 +34,8 @@ def launches(monkeypatch):
     def counting(module):
         return type("Kernels", (), {name: Counted(name) for name in vars(module) if name.endswith("_kernel")})
 
-    monkeypatch.setattr(triton_backend, "_kernels", lambda: counting(triton_kernels))
-    monkeypatch.setattr(triton_backend, "_factor_kernels", lambda: counting(triton_factor_kernels))
+    monkeypatch.setattr(triton_launch, "kernels", lambda: counting(triton_kernels))
+    monkeypatch.setattr(triton_launch, "factor_kernels", lambda: counting(triton_factor_kernels))
     return counted
 
 

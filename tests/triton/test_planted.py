@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from hra_kernels import reference
 from hra_kernels.backends import triton as triton_backend
-from hra_kernels.backends import triton_factor_kernels, triton_kernels
+from hra_kernels.backends import triton_factor_kernels, triton_kernels, triton_launch
 from hra_kernels.testing.cases import Case, explicit, make_inputs, naive
 from hra_kernels.testing.tolerance import relative, rounding, violations
 
@@ -117,7 +117,7 @@ BUGS = [
 def plant(bug: Bug, directory: Path, monkeypatch) -> int:
     """Put edited copies of the kernel modules in the backend's hands; returns the number of edits."""
     edits = 0
-    for module, getter in ((triton_factor_kernels, "_factor_kernels"), (triton_kernels, "_kernels")):
+    for module, getter in ((triton_factor_kernels, "factor_kernels"), (triton_kernels, "kernels")):
         source = Path(module.__file__).read_text()
         edits += source.count(bug.old)
         path = directory / f"{module.__name__.rsplit('.', 1)[1]}_{next(_numbers)}.py"
@@ -127,8 +127,8 @@ def plant(bug: Bug, directory: Path, monkeypatch) -> int:
         monkeypatch.setitem(sys.modules, path.stem, planted)
         spec.loader.exec_module(planted)
         if module is triton_kernels:  # it has taken a function from the module as it is
-            planted.chain_bwd_share = triton_backend._factor_kernels().chain_bwd_share
-        monkeypatch.setattr(triton_backend, getter, lambda planted=planted: planted)
+            planted.chain_bwd_share = triton_launch.factor_kernels().chain_bwd_share
+        monkeypatch.setattr(triton_launch, getter, lambda planted=planted: planted)
     return edits
 
 
