@@ -1,6 +1,7 @@
 """`hra-kernels env`: what is on this machine and which backends run here, as text for people or as JSON."""
 
 import importlib
+import inspect
 import os
 import platform
 import re
@@ -66,6 +67,41 @@ def _gpus() -> list[str]:
     return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in properties]
 
 
+RIGHT_ON_HOPPER = (13, 1)
+"""The first ptxas not known to compile kernels wrongly for compute capability 9.0: releases 12.8 and 13.0 do."""
+
+
+def _ptxas(capability: tuple[int, int]):
+    """Path and version of the assembler that Triton takes for a GPU."""
+    compiler = importlib.import_module("triton.backends.nvidia.compiler")
+    chosen_by_gpu = bool(inspect.signature(compiler.get_ptxas).parameters)  # not in Triton 3.4
+    return compiler.get_ptxas(10 * capability[0] + capability[1]) if chosen_by_gpu else compiler.get_ptxas()
+
+
+def _is_right_on_hopper(ptxas) -> bool:
+    return tuple(map(int, ptxas.version.split("."))) >= RIGHT_ON_HOPPER
+
+
+def _ptxas_note() -> str | None:
+    """The assembler that Triton uses on the first GPU, and a doubt about it if there is one; None where none is."""
+    if not torch.cuda.is_available() or torch.version.hip or _version("triton") is None:
+        return None
+    capability = torch.cuda.get_device_capability(0)
+    try:
+        ptxas = _ptxas(capability)
+        if capability != (9, 0) or _is_right_on_hopper(ptxas):
+            return f"ptxas {ptxas.version}"
+        other = Path(ptxas.path).with_name("ptxas-blackwell")
+        newer = type(ptxas).from_path(str(other)) if other.exists() else None
+    except Exception as error:  # Triton's own parts, which change: this report goes on
+        return f"ptxas unknown: {error}"
+    remedy = f"TRITON_PTXAS_PATH={newer.path}" if newer and _is_right_on_hopper(newer) else "Triton 3.9"
+    return (
+        f"ptxas {ptxas.version}, which has made wrong code of other projects' kernels on this GPU: "
+        f"`hra-kernels verify` checks these; {remedy} has a newer one"
+    )
+
+
 def _peft_support() -> str:
     if _version("peft") is None:
         return "not installed: pip install 'hra-kernels[peft]'"
@@ -101,6 +137,7 @@ def report() -> dict[str, Any]:
         "gpus": _gpus(),
         "nvcc": _nvcc(),
         "triton": _version("triton"),
+        "ptxas": _ptxas_note(),
         "peft": _version("peft"),
         "peft_support": _peft_support(),
         "transformers": _version("transformers"),
@@ -125,7 +162,7 @@ def as_text(found: dict[str, Any]) -> str:
         ("torch", f"{found['torch']}, {found['torch_threads']} threads"),
         ("GPU", "; ".join(found["gpus"]) or "none that this PyTorch can use"),
         ("nvcc", found["nvcc"] or "not found: no CUDA kernels in a build here"),
-        ("triton", installed("triton")),
+        ("triton", installed("triton", f", {found['ptxas']}" if found["ptxas"] else "")),
         ("peft", peft),
         ("transformers", installed("transformers")),
     ]

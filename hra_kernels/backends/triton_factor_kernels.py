@@ -160,8 +160,9 @@ def _gram_row(g_ptr, row, offs_k, mask_k, R, num_splits, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def _gram_entry(g_ptr, i, j, R, num_splits, BLOCK_S: tl.constexpr):
+    """g[i, j] for i <= j, summed over the splits; 0 where j is R"""
     offs_s = tl.arange(0, BLOCK_S)
-    mask = (offs_s < num_splits) & (i < R) & (j < R)
+    mask = offs_s < tl.where(j < R, num_splits, 0)
     return tl.sum(tl.load(g_ptr + (offs_s * R + i) * R + j, mask, other=0.0), axis=0)
 
 

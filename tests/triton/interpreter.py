@@ -79,6 +79,24 @@ def _checked_binary_op(self, lhs, rhs, op):
     return _binary_op(self, lhs, rhs, op)
 
 
+def _with_bool_mask(create, position: int):
+    def checked(self, *operands):
+        mask = operands[position]
+        if mask.data.dtype != bool:
+            raise TypeError(
+                f"a mask of {mask.data.dtype}, from a scalar comparison: Triton 3.9 interprets none but bool"
+            )
+        return create(self, *operands)
+
+    return checked
+
+
+interpreter.InterpreterBuilder.create_masked_load = _with_bool_mask(
+    interpreter.InterpreterBuilder.create_masked_load, 1
+)
+interpreter.InterpreterBuilder.create_masked_store = _with_bool_mask(
+    interpreter.InterpreterBuilder.create_masked_store, 2
+)
 interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter.InterpreterBuilder.cast_impl = _cast
 interpreter.InterpreterBuilder.binary_op = _checked_binary_op
@@ -87,9 +105,9 @@ interpreter.InterpreterBuilder.binary_op = _checked_binary_op
 _patch_lang_tensor = interpreter._patch_lang_tensor
 
 
-def _patch_tensor_with_scalars(tensor, scope):
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+def _patch_tensor_with_scalars(tensor, *scope):  # 3.4 has none
+    _patch_lang_tensor(tensor, *scope)
+    tensor.__index__ = lambda self: self.handle.data.item()
 
 
 interpreter._patch_lang_tensor = _patch_tensor_with_scalars

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from hra_kernels.backends import triton as triton_backend
 from hra_kernels.backends import triton_factor_kernels, triton_kernels, triton_launch, tuning
-from tests.triton import wgmma
+from tests.triton import products, wgmma
 from tests.triton.loops import Loop, machine_loops, steady_loops
 
 TARGETS = {
@@ -172,6 +172,7 @@ class Compiled:
     matrix: str
     wide: int
     overwritten: int
+    transposed: int
     loops: tuple[Loop, ...]
     barriers: tuple[int, ...]
     """In each steady loop, as `loops`."""
@@ -196,6 +197,8 @@ class Compiled:
             found.append("no 16-byte access")
         if self.overwritten:
             found.append(f"{self.overwritten} instructions write registers that a running wgmma uses")
+        if self.transposed:
+            found.append(f"{self.transposed} products take another one's result, transposed in registers")
         if self.launch.is_16_bit():  # arithmetic binds the others
             found += [problem for loop in self.loops for problem in loop.problems()]
         return found
@@ -258,7 +261,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     return Compiled(
         launch, target, compiled.metadata.shared, registers, stack, spills,
         f"{matrix[0][0].rstrip('_')} x {matrix[0][1]}" if matrix else "", len(re.findall(WIDE, assembly)),
-        len(wgmma.overwritten(assembly)),
+        len(wgmma.overwritten(assembly)), len(products.of_transposed_products(compiled.asm["ttir"])),
         tuple(loops), tuple(barriers),
     )  # fmt: skip
 

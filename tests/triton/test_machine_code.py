@@ -128,6 +128,14 @@ def test_v_split_in_the_loop_is_rejected(monkeypatch, tmp_path):
     assert splits(compiled("backward_columns_kernel"))[0] > 0
 
 
+def test_a_product_of_a_transposed_product_is_rejected(monkeypatch, tmp_path):
+    """Wrong numbers on Hopper with Triton 3.4.0 to 3.7.0; `pᵀ q` is the other way round because of it."""
+    planted = edited("tl.dot(tl.trans(p), q, acc_dm,", "tl.dot(tl.trans(q), p, acc_dm,", tmp_path)
+    assert not compiled("backward_rows_kernel").transposed
+    monkeypatch.setattr(machine_code, "triton_kernels", planted)
+    assert compiled("backward_rows_kernel").transposed == 1
+
+
 @pytest.mark.parametrize("kernel", MOST_BARRIERS)
 def test_barriers(kernel):
     found = compiled(kernel).barriers
