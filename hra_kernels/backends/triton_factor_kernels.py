@@ -362,20 +362,22 @@ def _chain_ds(t_ptr, dt, offs_i, offs_j, R, BLOCK_I: tl.constexpr, BLOCK_J: tl.c
 
 @triton.jit
 def chain_bwd_share(
-    job, ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,
+    share, num_shares, ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,
     # (R, R) (R,) (R,) float64, (D, R), (R, R), (parts, R, R) float32
     D, R, stride_ud, stride_ur, dt_parts_count,
     BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What `factor_bwd_kernel` needs of one chain, for another kernel's idle program: job 0 is ds, the others pairs."""
-    if job == 0:
+    """What `factor_bwd_kernel` needs of one chain, for another kernel's idle programs: ds by the first, which is the
+    last to get pairs."""
+    # outside of the loop, which would keep what it needs in registers
+    if share == 0:
         offs = tl.arange(0, BLOCK_R)
         mask = offs < R
         dt = _sum_of_parts(dt_parts_ptr, dt_parts_count, offs, mask, offs, mask, R, R, BLOCK_R, BLOCK_R)
         ds = _chain_ds(t_ptr, dt, offs, offs, R, BLOCK_R, BLOCK_R)
         tl.store(ds_ptr + (offs * R)[:, None] + offs[None, :], ds, mask[:, None] & mask[None, :])
-    else:
-        first = 2 * ((job - 1) * BLOCK_P + tl.arange(0, BLOCK_P))
+    for pair in range(num_shares - 1 - share, tl.cdiv(R, 2 * BLOCK_P), num_shares):
+        first = 2 * (pair * BLOCK_P + tl.arange(0, BLOCK_P))
         scale_a, scale_b, phi_exponent = _pair_scales(u_ptr, stride_ud, stride_ur, first, R, D, BLOCK_P, BLOCK_D, True)
         tl.store(scale_ptr + first, scale_a, first < R)
         tl.store(scale_ptr + first + 1, scale_b, first + 1 < R)

@@ -303,11 +303,10 @@ def backward_columns_kernel(
     pid_d = tl.num_programs(1) - 1 - tl.program_id(1)
     if CHAIN:
         if pid_d * BLOCK_D >= D:
-            for job in range(split, 1 + tl.cdiv(R, 2 * BLOCK_P), tl.num_programs(0)):
-                chain_bwd_share(
-                    job, ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,
-                    D, R, stride_ud, stride_ur, dt_parts_count, BLOCK_R, BLOCK_P, SCALE_BLOCK_D,
-                )  # fmt: skip
+            chain_bwd_share(
+                split, tl.num_programs(0), ds_ptr, scale_ptr, phi_ptr, u_ptr, t_ptr, dt_parts_ptr,
+                D, R, stride_ud, stride_ur, dt_parts_count, BLOCK_R, BLOCK_P, SCALE_BLOCK_D,
+            )  # fmt: skip
         else:
             _backward_columns(
                 dx_ptr, dv_ptr, dy_ptr, x_ptr, v_ptr, qm_ptr, s_ptr,
