@@ -39,6 +39,7 @@ class Settings:
     weight_decay: float = 0.0
     adam_epsilon: float = 1e-8
     clip: float = 0.0
+    fsdp: bool = False
 
 
 class Application(ABC):

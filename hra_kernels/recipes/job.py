@@ -49,6 +49,11 @@ def _interrupted(state: Callable[[], str]) -> Iterator[None]:
         raise
 
 
+def _is_first() -> bool:
+    """Of torchrun's processes; true without it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _adapted(app: Application, lora: bool = False) -> PeftModel:
     chosen = app.arguments
     if lora:
@@ -87,7 +92,7 @@ def _fit(app: Application, console: Console, folder: Path) -> tuple[PeftModel, t
         console.print(f"note    {note}")
     before = app.metrics(app.outputs(model, "test"), "test") | app.last(model)
     console.print(f"before  test {app.main.name} {app.main.text(before[app.main.name])}\n")
-    training = _train(app, model, folder, console, "training", resume)
+    model, training = _train(app, model, folder, console, "training", resume)
     results = {
         "job": arguments.job,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k != "run"},
@@ -133,12 +138,12 @@ def _compare_saved(app: Application, folder: Path, model: PeftModel, trained: Te
 
 
 def _rivals(app: Application, console: Console, folder: Path) -> dict[str, dict[str, float]]:
-    """Test metrics of LoRA, trained with the same settings on the same batches."""
+    """Test metrics of LoRA, trained with the same settings on the same batches, by every process."""
     found = {}
-    for name in app.rivals:
-        model = _adapted(app, lora=True)
-        _train(app, model, folder, console, name, None)
-        trainer.forget_checkpoints(folder)
+    for name in () if app.arguments.no_compare else app.rivals:
+        model, _ = _train(app, _adapted(app, lora=True), folder, console, name, None)
+        if _is_first():
+            trainer.forget_checkpoints(folder)
         found[f"{name}, trained alike"] = app.metrics(app.outputs(model, "test"), "test") | app.last(model)
     return found
 
@@ -228,8 +233,7 @@ def _draw(app: Application, training: trainer.Training, results: dict[str, Any],
 def _report(app: Application, console: Console, training, results: dict[str, Any], state: dict[str, Tensor]) -> None:
     """The rest of the page: the table, the other methods, the timing, the pictures."""
     arguments, out = app.arguments, app.arguments.out
-    if not arguments.no_compare:
-        results["test"] |= _rivals(app, console, out / "checkpoints")
+    results["test"] |= _rivals(app, console, out / "checkpoints")
     console.print()
     console.print(_metric_table(app, results))
     if not arguments.no_compare:
@@ -252,7 +256,7 @@ def run(open_application: Callable[[argparse.Namespace], Application], arguments
     results at the end; each is there whole or not at all.
     """
     started = time.monotonic()
-    first = os.environ.get("RANK", "0") == "0"
+    first = _is_first()
     console.quiet = console.quiet or not first
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
@@ -270,6 +274,7 @@ def run(open_application: Callable[[argparse.Namespace], Application], arguments
         with hra_kernels.peft.enabled():
             model, training, results = _fit(app, console, checkpoints)
         if not first:
+            _rivals(app, console, checkpoints)
             return {}
         outputs = app.outputs(model, "test")
         results["test"]["after"] = app.metrics(outputs, "test") | app.last(model)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, PeftType, load_peft_weights, set_peft_model_state_dict
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+from peft import PeftModel, PeftType, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -68,6 +69,15 @@ class Trainer(transformers.Trainer):
             data_collator=application.collate,
         )
         self.remove_callback(transformers.PrinterCallback)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            # accelerate shares models among GPUs and the like alone; a CPU's processes it leaves to DDP, without a word
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -174,6 +184,8 @@ def training_arguments(application: Application, folder: Path) -> transformers.T
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if application.batch_size % processes:
         raise RecipeError(f"--batch-size: expected a multiple of {processes} processes, got {application.batch_size}")
+    if settings.fsdp and processes == 1:
+        raise RecipeError("--fsdp: expected several processes to share the model (torchrun --nproc-per-node), got one")
     return transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -200,6 +212,8 @@ def training_arguments(application: Application, folder: Path) -> transformers.T
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
+        fsdp=settings.fsdp,
+        fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT"} if settings.fsdp else None,
         report_to="none",
         disable_tqdm=True,
         log_level="error",
@@ -216,10 +230,19 @@ def _finished(resume: str | None, steps: int) -> transformers.TrainerState | Non
     return state if state.global_step >= steps else None
 
 
+def _whole(application: Application, model: PeftModel) -> PeftModel:
+    """A fresh model with the adapter that FSDP has in parts. Every process must come here."""
+    state = get_peft_model_state_dict(model)
+    state = {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in state.items()}
+    fresh = application.base.adapted(model.active_peft_config)
+    set_peft_model_state_dict(fresh, state)
+    return fresh
+
+
 def fit(
     application: Application, model: PeftModel, folder: Path, console: Console, title: str, resume: str | None
-) -> Training:
-    """Train in place, on every process; the model is left as it was at the best validation."""
+) -> tuple[PeftModel, Training]:
+    """Train on every process: the model as it was at the best validation, the same one unless FSDP has shared it."""
     arguments = training_arguments(application, folder)
     trainer = Trainer(application, model, arguments)
     if trainer.is_world_process_zero():
@@ -234,13 +257,16 @@ def fit(
         with reporting.progress:
             seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
         state = trainer.state
+        if application.settings.fsdp:
+            model = _whole(application, model)
+    trainer.accelerator.wait_for_everyone()  # the first process deletes the checkpoints that all have read
     model.eval()
     history, main = state.log_history, application.main.name
     checks = {entry["step"]: entry["eval_" + main] for entry in history if "eval_" + main in entry}
     best = max if application.main.higher else min
     kept = next(step for step, value in checks.items() if value == best(checks.values()))
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    return Training(losses, list(checks.items()), kept, seconds)
+    return model, Training(losses, list(checks.items()), kept, seconds)
 
 
 def forget_checkpoints(folder: Path) -> None:

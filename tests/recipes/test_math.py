@@ -12,6 +12,7 @@ pytest.importorskip("peft", reason="the recipes need hra-kernels[train]")
 pytest.importorskip("rich", reason="the recipes need hra-kernels[train]")
 
 from peft import get_peft_model
+from safetensors.torch import load_file
 
 import hra_kernels.peft
 from hra_kernels import cli
@@ -81,17 +82,74 @@ def test_official_layer(job, tmp_path):
     assert official["losses"][0] - plain["losses"][0] == pytest.approx(wanted, rel=0.02)
 
 
+PENALIZED = ["--quick", "--lambda", "0.01"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+INTERRUPTED = """
+import signal, sys
+from hra_kernels import cli
+from hra_kernels.recipes import trainer
+
+class Trainer(trainer.Trainer):
+    def training_step(self, model, *rest):
+        if self.args.fsdp:
+            assert all(hasattr(u, "device_mesh") for name, u in model.named_parameters() if "hra_u" in name)
+        if self.state.global_step == 2 and "--resume" not in sys.argv:
+            signal.raise_signal(signal.SIGINT)
+        return super().training_step(model, *rest)
+
+trainer.Trainer = Trainer
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def one_process(job, tmp_path_factory):
+    """The results of one process, and its adapter. Responses have several lengths, so that a mean per process is not
+    the mean per token."""
+    out = tmp_path_factory.mktemp("one")
+    assert cli.main([*job, *PENALIZED, "--out", str(out)]) == 0
+    return json.loads((out / "results.json").read_text()), load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(out, expected):
+    """Losses, validation, the adapter, and LoRA trained alike are those of one process."""
+    results, adapter = json.loads((out / "results.json").read_text()), expected[1]
+    torch.testing.assert_close(
+        torch.tensor(results["losses"]), torch.tensor(expected[0]["losses"]), rtol=FLOAT32, atol=0
+    )
+    for name in ("validation", "test"):
+        assert results[name] == approximately(expected[0][name]), name
+    assert all(saved["max_difference"] < FLOAT32 for saved in results["saved"].values())
+    found = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert set(found) == set(adapter)
+    for name, u in found.items():
+        torch.testing.assert_close(u, adapter[name], rtol=0, atol=FLOAT32 * adapter[name].abs().max().item())
+
+
+def approximately(value):
+    if isinstance(value, dict):
+        return {name: approximately(each) for name, each in value.items()}
+    return [approximately(each) for each in value] if isinstance(value, list) else pytest.approx(value, rel=FLOAT32)
+
+
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(job, tmp_path):
-    """Responses of several lengths: a mean per process would not be the mean per token."""
-    assert cli.main([*job, "--no-compare", "--lambda", "0.01", "--out", str(tmp_path / "one")]) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "hra_kernels.cli", *job, "--no-compare", "--lambda", "0.01", "--out", tmp_path / "two"]
+def test_two_processes_train_as_one(job, one_process, tmp_path):
+    command = [*LAUNCH, "-m", "hra_kernels.cli", *job, *PENALIZED, "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
-    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=FLOAT32, atol=0)
-    assert two["validation"] == [[step, pytest.approx(value, rel=FLOAT32)] for step, value in one["validation"]]
+    assert_same(tmp_path, one_process)
+
+
+@pytest.mark.slow
+def test_fsdp_interrupted_and_resumed(job, one_process, tmp_path):
+    """Every process holds a part of each vector, and the checkpoint is whole."""
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    command = [*LAUNCH, tmp_path / "interrupted.py", *job, *PENALIZED, "--fsdp", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert "with --resume" in done.stderr, done.stderr
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert_same(tmp_path / "out", one_process)
 
 
 def test_batch_is_shared_by_all_processes(job, tmp_path, monkeypatch, capsys):
@@ -107,6 +165,7 @@ def test_batch_is_shared_by_all_processes(job, tmp_path, monkeypatch, capsys):
         (["--query", "question"], "line 1: no value in field 'question' (--query); the fields are query, response"),
         (["--max-length", "3"], "--max-length 3: expected room for an answer"),
         (["--data", "absent"], "--data absent"),
+        (["--fsdp"], "--fsdp: expected several processes"),
         (["--model", "./absent"], "--model ./absent: expected a model name or folder"),
     ],
 )

