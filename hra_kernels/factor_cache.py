@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from hra_kernels.backends.cpu import same_values
 from hra_kernels.factors import join_factors
 from hra_kernels.ops import PLAIN, chain_factor, factor_in_groups, is_eager, wants_plain_ops, wy_factor_many
 from hra_kernels.soft import Rule
@@ -131,7 +132,7 @@ class FactorCache:
         u = us[0]
         if not values or key != (dtype == torch.float64, *apply_gs, u.dtype) or not u.is_cpu:
             return None
-        return factor if torch.equal(values[0], u) else None
+        return factor if same_values(values[0], u) else None
 
     def _kept(self, key: tuple, us: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         entry = self._entry
@@ -139,7 +140,7 @@ class FactorCache:
             return None
         _, values, _, factor = entry
         for value, u in zip(values, us, strict=False):
-            if not torch.equal(value, u):
+            if not same_values(value, u):
                 return None
         return factor
 

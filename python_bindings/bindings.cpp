@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -205,6 +206,16 @@ void chain_bwd(uintptr_t dx, uintptr_t du, uintptr_t dy, uintptr_t x, uintptr_t 
   wy_factor_bwd(du, dv, dt, u, v, t, D, R, dtype_u, apply_gs, num_threads);
 }
 
+// Whether the same bytes lie in two places.
+bool same_bytes(uintptr_t a, uintptr_t b, int64_t bytes) {
+  if (bytes < 0) fail("same_bytes", "bytes", "at least 0", std::to_string(bytes));
+  if (bytes > 0 && (a == 0 || b == 0))
+    fail("same_bytes", a == 0 ? "a" : "b", "a pointer to " + std::to_string(bytes) + " bytes", "null");
+  const py::gil_scoped_release release;
+  return bytes == 0 || std::memcmp(reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
+                                   static_cast<size_t>(bytes)) == 0;
+}
+
 py::tuple isas() {
   int count = 0;
   const char* const* names = hra::cpu::available_isas(&count);
@@ -236,6 +247,7 @@ PYBIND11_MODULE(_native, m) {
         "apply_gs"_a, "num_threads"_a);
   m.def("chain_bwd", &chain_bwd, "dx"_a, "du"_a, "dy"_a, "x"_a, "u"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,
         "stride_dym"_a, "stride_xm"_a, "dtype"_a, "dtype_u"_a, "transpose"_a, "apply_gs"_a, "num_threads"_a);
+  m.def("same_bytes", &same_bytes, "a"_a, "b"_a, "bytes"_a);
   m.def("isa", &hra::cpu::isa);
   m.def("isas", &isas);
   m.def("set_isa", &set_isa, "name"_a);

@@ -309,3 +309,32 @@ def test_strided_u_and_factor_inputs_that_are_not_contiguous():
     du = CPU.wy_factor_bwd(dv, dt, u, v, t, False)
     turned = [tensor.mT.contiguous().mT for tensor in (dv, dt, u, v, t)]
     assert torch.equal(CPU.wy_factor_bwd(*turned, False), du)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_values(dtype):
+    """As torch.equal, but by bits where both are contiguous, so that NaN equals itself."""
+    a = torch.randn(33, 5).to(dtype)
+    for place in (0, 80, 164):
+        b = a.clone()
+        assert cpu_backend.same_values(a, b)
+        b.view(-1)[place] += 1
+        assert not cpu_backend.same_values(a, b) and not cpu_backend.same_values(a.mT, b.mT)
+    assert cpu_backend.same_values(a.mT, a.clone().mT) and cpu_backend.same_values(a, a.mT.contiguous().mT)
+    assert not cpu_backend.same_values(a, a[:-1]) and not cpu_backend.same_values(a, a.view(5, 33))
+    assert cpu_backend.same_values(a[:0], a[:0])
+    a[0, 0] = torch.nan
+    assert cpu_backend.same_values(a, a.clone())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, 4096, 8), "a must be a pointer to 8 bytes, got null"),
+        ((4096, 0, 8), "b must be a pointer to 8 bytes, got null"),
+        ((4096, 4096, -1), "bytes must be at least 0, got -1"),
+    ],
+)
+def test_same_bytes_rejects(arguments, message):
+    with pytest.raises(ValueError, match="same_bytes: " + message):
+        native.same_bytes(*arguments)
