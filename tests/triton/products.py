@@ -5,63 +5,75 @@ registers. What has been loaded may be transposed.
 """
 
 import re
+from collections.abc import Iterable
 
-DEFINITION = re.compile(r"\s*(%\w+)(?::\d+)? = \"?([\w.]+)\"?(.*)")
+DEFINITION = re.compile(r"(%\w+)(?::(\d+))? = \"?([\w.]+)\"?(.*)")
 NAME = re.compile(r"%\w+(?:#\d+)?")
 
 
-def _sources(ttir: str) -> tuple[dict[str, str], dict[str, set[str]]]:
-    """The operation that defines each value, and the values that it is made of; memory is not looked through."""
-    operations: dict[str, str] = {}
-    made_of: dict[str, set[str]] = {}
-    open_regions: list[tuple[str, list[str]]] = []  # (what the region yields to, its carried values)
-    for line in ttir.splitlines():
-        defined = DEFINITION.match(line)
-        result, carried = "", []
-        if defined:
-            result, operation, rest = defined.groups()
-            operations[result] = operation
-            if operation == "scf.for":
-                pairs = re.findall(r"(%\w+) = (%[\w#]+)", rest.partition("iter_args")[2])
-                carried = [name for name, _ in pairs]
-                for name, first in pairs:
-                    made_of.setdefault(name, set()).add(first)
-            elif operation != "tt.load":
-                made_of.setdefault(result, set()).update(NAME.findall(rest))
-        elif line.lstrip().startswith("scf.yield"):
-            result, carried = open_regions[-1]
-            for k, value in enumerate(NAME.findall(line)):
-                for name in (result, f"{result}#{k}", *carried[k : k + 1]):
-                    made_of.setdefault(name, set()).add(value)
-            continue
-        if line.lstrip().startswith("}"):
-            closed = open_regions.pop()
-            if "else" in line:
-                result, carried = closed
-        if line.endswith("{"):
-            open_regions.append((result, carried))
-    return operations, made_of
+class _Values:
+    """What each value is defined by and made of. A name may be used again once its region is closed."""
 
+    def __init__(self):
+        self.operations: list[str] = []
+        self.made_of: list[set[int]] = []
+        self.regions: list[dict[str, int]] = [{}]
 
-def of_transposed_products(ttir: str) -> list[str]:
-    """The products whose first operand is the transpose of another one's result."""
-    operations, made_of = _sources(ttir)
+    def define(self, name: str, operation: str, operands: Iterable[str] = ()) -> int:
+        self.operations.append(operation)
+        self.made_of.append(self.of(operands))
+        self.regions[-1][name] = len(self.operations) - 1
+        return self.regions[-1][name]
 
-    def reached(starts: set[str], operation: str) -> set[str]:
+    def of(self, names: Iterable[str]) -> set[int]:
+        found = ([region[name] for region in self.regions[::-1] if name in region] for name in names)
+        return {values[0] for values in found if values}
+
+    def reached(self, starts: set[int], operation: str) -> set[int]:
         """Values of this operation that others are made of."""
         seen, left = set(), list(starts)
         while left:
-            name = left.pop()
-            if name not in seen:
-                seen.add(name)
-                left += made_of.get(name, ())
-        return {name for name in seen if operations.get(name) == operation}
+            value = left.pop()
+            if value not in seen:
+                seen.add(value)
+                left += self.made_of[value]
+        return {value for value in seen if self.operations[value] == operation}
 
-    found = []
+
+def of_transposed_products(ttir: str) -> list[str]:
+    """The products whose first operand is the transpose of another one's result; memory is not looked through."""
+    values, products = _Values(), []
+    owners: list[list[set[int]]] = []  # of each open region: for each value that it yields, what becomes of it
     for line in ttir.splitlines():
-        product = re.match(r"\s*(%\w+) = tt\.dot (%[\w#]+),", line)
-        if product:
-            transposes = reached({product[2]}, "tt.trans")
-            if any(reached(made_of[transpose], "tt.dot") for transpose in transposes):
-                found.append(line.strip())
-    return found
+        text, owner = line.strip(), []
+        if text.startswith("}"):
+            values.regions.pop()
+            owner = owners.pop()
+        if text.startswith("scf.yield"):
+            for value, targets in zip(NAME.findall(text), owners[-1], strict=False):
+                for target in targets:
+                    values.made_of[target] |= values.of([value])
+        defined = DEFINITION.match(text)
+        if defined:
+            name, count, operation, rest = defined.groups()
+            names = [f"{name}#{k}" for k in range(int(count))] if count else [name]
+            carried = (
+                re.findall(r"(%\w+) = (%[\w#]+)", rest.partition("iter_args")[2]) if operation == "scf.for" else []
+            )
+            operands = () if operation in ("tt.load", "scf.for") else NAME.findall(rest)
+            owner = [{values.define(result, operation, operands)} for result in names]
+            if operation == "tt.dot":
+                products.append((text, values.of(operands[:1])))
+        if text.endswith("{"):
+            values.regions.append({})
+            owners.append(owner)
+            if defined:
+                for (argument, first), targets in zip(carried, owner, strict=False):
+                    initial = values.of([first])
+                    targets.add(values.define(argument, "argument"))
+                    values.made_of[values.regions[-1][argument]] |= initial
+    return [
+        text
+        for text, first in products
+        if any(values.reached({t}, "tt.dot") for t in values.reached(first, "tt.trans"))
+    ]
