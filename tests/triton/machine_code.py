@@ -297,7 +297,9 @@ def main() -> int:
     arguments = parser.parse_args()
     results = compile_all(arguments.target or list(TARGETS), arguments.kernel)
     print(table(results))
-    return 1 if any(result.problems() for result in results) else 0
+    failed = sum(bool(result.problems()) for result in results)
+    print(f"{len(results) - failed} passed, {failed} failed")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
