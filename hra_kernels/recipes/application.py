@@ -104,7 +104,8 @@ def inference(model: nn.Module, rows: list[dict], collate, batch_size: int, say)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in chosen]).items()}
-            for number, value in zip(chosen, say(model(**batch), batch).float().cpu(), strict=True):
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}  # no loss of the model's own
+            for number, value in zip(chosen, say(model(**inputs), batch).float().cpu(), strict=True):
                 found[number] = value
     model.train(was_training)
     return found

@@ -14,7 +14,9 @@ def markdown(results: dict[str, Any], main: Metric, output: str, ours: str, floo
         ours, floor: the names in `step_cost` of our method and of the one that the others are compared with.
     """
     data, where, options = results["data"], results["environment"], results["arguments"]
-    machine = where["gpus"][0] if where["gpus"] else f"{where['cpu']}, {where['torch_threads']} threads"
+    threads = "1 thread" if where["torch_threads"] == 1 else f"{where['torch_threads']} threads"
+    machine = where["gpus"][0] if where["gpus"] else f"{where['cpu']}, {threads}"
+    load = results.get("load_average_before_timing")
     sizes = ", ".join(f"{number} {part}" for part, number in data.items() if isinstance(number, int))
     intro = (
         f"{results['model']}, {data['source']} ({sizes}); HRA r = {options['rank']} on "
@@ -22,6 +24,7 @@ def markdown(results: dict[str, Any], main: Metric, output: str, ours: str, floo
         f"{results['steps']} steps of {options['batch_size']}, seed {options['seed']}. Measured on {machine}, "
         f"torch {where['torch']}, PEFT {where['peft']}, backend {results['backend']}"
         + (f", commit {where['commit']}" if where["commit"] else "")
+        + (f"; load average {load:.1f} before the timing" if load is not None else "")
     )
     parts = [intro + ".", *results["notes"], _metrics(results, main, output)]
     if "step_cost" in results:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import hra_kernels.peft
 from hra_kernels import cli
 from hra_kernels.recipes import answers
+from hra_kernels.recipes.jobs import math
 from hra_kernels.testing.tolerance import rounding
 from tests.recipes.tiny import save_llama, save_problems
 
@@ -150,6 +152,21 @@ def test_fsdp_interrupted_and_resumed(job, one_process, tmp_path):
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "out", one_process)
+
+
+def test_answer_losses_of_a_large_vocabulary():
+    """One likely token and 50,000 others that add up to as much; the prompt's rows do not count."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 9, 50_000, generator=generator)
+    logits[..., 0] = 11
+    labels = torch.full((3, 9), -100)
+    for row, count in enumerate((1, 4, 8)):
+        labels[row, 9 - count :] = torch.randint(50_000, (count,), generator=generator)
+    found = math._answer_losses(SimpleNamespace(logits=logits), {"labels": labels})
+    chosen = logits.double().log_softmax(-1)[:, :-1].gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
+    said = labels[:, 1:] != -100
+    exact = -(chosen * said).sum(1) / said.sum(1)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
 
 
 def test_batch_is_shared_by_all_processes(job, tmp_path, monkeypatch, capsys):
