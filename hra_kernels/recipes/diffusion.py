@@ -22,7 +22,7 @@ from transformers import CLIPTextModel
 
 from hra_kernels.recipes import RecipeError, refusing
 from hra_kernels.recipes.base import Base, Batch
-from hra_kernels.recipes.control_input import CONTROL, with_control
+from hra_kernels.recipes.control_input import CONTROL, load_weights, with_control
 
 PATCH = 2
 """Side of the square of pixels that is one position of a generator without an autoencoder."""
@@ -125,7 +125,7 @@ class Generator(Base):
 
     @torch.no_grad()
     def latents(self, pictures: Tensor, draw: Tensor) -> Tensor:
-        """Of pictures (n, channels, H, W) in [0, 1], on the CPU; `draw` is the autoencoder's normal noise (n, c, h, w)."""
+        """Of pictures (n, channels, H, W) in [0, 1], (n, c, h, w) on the CPU; `draw`: the autoencoder's noise."""
         pixels = 2 * pictures - 1
         if self.vae is None:
             return pixel_unshuffle(pixels, PATCH)
@@ -190,7 +190,7 @@ class Generator(Base):
         }
 
     def with_controls(self, latents: Tensor, controls: Tensor | None) -> Tensor:
-        """Control pictures (n, 3, H, W) as further channels of the latents, `factor`² times as many, as `with_control` reads them."""
+        """Control pictures (n, 3, H, W) become further channels of the latents, as `ControlledInput` takes them."""
         if controls is None:
             return latents
         return torch.cat([latents, pixel_unshuffle(controls.to(latents), self.factor)], 1)
@@ -206,7 +206,7 @@ class Generator(Base):
         controls: Tensor | None = None,
         size: int | None = None,
     ) -> Tensor:
-        """Pictures (n, channels, size, size) in [0, 1] by DDIM with classifier-free guidance; each from its own number."""
+        """Pictures (n, channels, size, size) in [0, 1] by DDIM with classifier-free guidance, each from its number."""
         was_training, found = model.training, []
         model.eval()
         for start in range(0, len(texts), SAMPLED_AT_ONCE):

@@ -1,22 +1,19 @@
 """Handwritten digits, a small generator of them that is trained here once, and a classifier that judges pictures.
 
 The generator stands in for Stable Diffusion where there is no network: a UNet with cross-attention over the prompt, of
-1.1 M parameters, in the same folder layout. It has never seen a crossed seven: those are the subject that it is to learn.
+1.1 M parameters, in the same folder layout. It has never seen a crossed seven: those are the subject to learn.
 """
 
-import argparse
 import dataclasses
 import gzip
 import hashlib
 import io
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import accelerate
 import numpy
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -32,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from hra_kernels.recipes import packages
 from hra_kernels.recipes.diffusion import PATCH, save_pipeline
-from hra_kernels.recipes.saving import written_whole
+from hra_kernels.recipes.saving import made_once
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RARE_WORDS = ("qwe", "sks", "xyz", "olis")
@@ -196,27 +193,6 @@ def _train(recipe: Recipe, said: str, console: Console):
     return unet, text_encoder, tokenizer, scheduler
 
 
-@lru_cache(maxsize=1)
-def _first() -> accelerate.PartialState:
-    return accelerate.PartialState(cpu=not torch.cuda.is_available())
-
-
-def _once(target: Path, make: Callable[[Path], None]) -> Path:
-    """`target`, made where missing, by the first of several processes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        with _first().main_process_first():
-            return _made(target, make)
-    return _made(target, make)
-
-
-def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    if not (target / "whole").is_file():
-        with written_whole(target) as folder:
-            make(folder)
-            (folder / "whole").write_text("")
-    return target
-
-
 def generator(recipe: Recipe, console: Console) -> Path:
     """The folder of the generator, trained now if it has not been."""
 
@@ -226,7 +202,7 @@ def generator(recipe: Recipe, console: Console) -> Path:
         unet.save_pretrained(folder / "unet")
         save_pipeline(folder, tokenizer, scheduler, text_encoder, None)
 
-    return _once(packages.cache_folder() / f"digits-self-trained-{recipe.key}", make)
+    return made_once(packages.cache_folder() / f"digits-self-trained-{recipe.key}", make)
 
 
 # --- the judge --------------------------------------------------------------------------------------------------------
@@ -286,7 +262,7 @@ def judge() -> Judge:
         torch.save(model.state_dict(), folder / "judge.pt")
 
     key = hashlib.sha256(f"{JUDGE_STEPS} {JUDGE_BATCH} {JUDGE_CROSSED} {JUDGE_SEED} 1".encode()).hexdigest()[:12]
-    folder = _once(packages.cache_folder() / f"digits-judge-{key}", make)
+    folder = made_once(packages.cache_folder() / f"digits-judge-{key}", make)
     model = Judge()
     model.load_state_dict(torch.load(folder / "judge.pt", weights_only=True))
     return model.eval()
@@ -300,7 +276,3 @@ def judged(model: Judge) -> dict[str, float]:
         "digits": (model.classes(plain.pictures) == plain.labels).float().mean().item(),
         "crossed sevens": (model.classes(crossed.pictures) == Judge.CROSSED).float().mean().item(),
     }
-
-
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    return QUICK_GENERATOR if arguments.quick else GENERATOR
