@@ -31,8 +31,14 @@ class ControlledInput(nn.Module):
 
 
 def channels_for(factor: int) -> tuple[int, ...]:
-    """One halving per power of two in `factor`; ControlNet's own for Stable Diffusion's 8."""
-    return {8: (16, 32, 96, 256), 4: (16, 32, 64), 2: (16, 32), 1: (16,)}[factor]
+    """One halving for each power of two in `factor`; ControlNet's own for Stable Diffusion's 8."""
+    return (16, 32, 96, 256)[: factor.bit_length()]
+
+
+def hint_layers(channels: Sequence[int]) -> list[str]:
+    """Ends of the names of the convolutions over the control picture, each with a weight of its own; none without."""
+    blocks = [f"hint.blocks.{number}" for number in range(2 * (len(channels) - 1))]
+    return ["hint.conv_in", *blocks, "hint.conv_out"] if channels else []
 
 
 def with_control(unet: UNet2DConditionModel, channels: Sequence[int], factor: int) -> UNet2DConditionModel:

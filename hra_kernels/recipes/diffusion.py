@@ -10,19 +10,21 @@ A generator without an autoencoder works on pixels, 2 x 2 of them stacked as cha
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from transformers import CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextModel
 
 from hra_kernels.recipes import RecipeError, refusing
 from hra_kernels.recipes.base import Base, Batch
-from hra_kernels.recipes.control_input import CONTROL, load_weights, with_control
+from hra_kernels.recipes.control_input import CONTROL, channels_for, hint_layers, load_weights, with_control
 
 PATCH = 2
 """Side of the square of pixels that is one position of a generator without an autoencoder."""
@@ -49,15 +51,19 @@ class Generator(Base):
     known: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, source: str, seed: int, **rest: Any) -> "Generator":
-        """Raises RecipeError if diffusers finds no text-to-image pipeline of this name or in this folder."""
+    def open(cls, source: str, seed: int, controlled: bool = False, **rest: Any) -> "Generator":
+        """One whose UNet sees a control picture if `controlled`, or if it was saved so.
+
+        Raises:
+            RecipeError: diffusers finds no text-to-image pipeline of this name or in this folder.
+        """
         if os.path.isdir(source) and not os.path.isfile(os.path.join(source, "model_index.json")):
             raise RecipeError(f"--model {source}: expected a folder with the model_index.json of a pipeline, got none")
+        for library in (diffusers, transformers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
         with refusing(f"--model {source}: expected a Stable Diffusion model by name or folder, got"):
-            from diffusers import DiffusionPipeline
-            from transformers import AutoTokenizer
-
             parts = DiffusionPipeline.load_config(source)
             found = {
                 "tokenizer": AutoTokenizer.from_pretrained(source, subfolder="tokenizer"),
@@ -69,10 +75,9 @@ class Generator(Base):
         for name in ("text_encoder", "vae"):
             if found[name] is not None:
                 found[name].requires_grad_(False).to(device).eval()
-        control = rest.pop("control", ()) or found["unet_config"].get(CONTROL, ())
-        if control:
-            rest["trained_whole"] = ("hint",)
-        return cls(source, None, seed, device, **found, control=tuple(control), **rest)
+        generator = cls(source, None, seed, device, **found, **rest)
+        control = found["unet_config"].get(CONTROL) or (channels_for(generator.factor) if controlled else ())
+        return replace(generator, control=tuple(control), trained_whole=hint_layers(control))
 
     # --- the UNet -----------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Pictures in files, their edges, and sheets of them. Pictures are (channels, height, width) in [0, 1]."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -28,16 +29,35 @@ def read(path: Path, size: int | None, channels: int, nearest: bool = False) -> 
     Raises:
         RecipeError: no image is there, or it does not open.
     """
-    try:
-        with Image.open(path) as found:
-            picture = ImageOps.exif_transpose(found).convert("RGB" if channels == 3 else "L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RecipeError(f"{path}: expected an image, got a file that does not open ({reason(error)})") from error
+    with _opened(path) as found:
+        picture = ImageOps.exif_transpose(found).convert("RGB" if channels == 3 else "L")
     if size is not None:
         method = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
         picture = ImageOps.fit(picture, (size, size), method)
     array = torch.from_numpy(numpy.asarray(picture).copy())
     return (array[None] if array.dim() == 2 else array.permute(2, 0, 1)).float() / 255
+
+
+def labels(path: Path) -> Tensor:
+    """A map of labels (height, width) as it is stored, one number for each pixel, int64.
+
+    Raises:
+        RecipeError: no image is there, it does not open, or it has colors.
+    """
+    with _opened(path) as found:
+        array = torch.from_numpy(numpy.asarray(found).copy())
+    if array.dim() != 2:
+        raise RecipeError(f"{path}: expected one label for each pixel, got {array.shape[-1]} channels")
+    return array.long()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as found:
+            yield found
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RecipeError(f"{path}: expected an image, got a file that does not open ({reason(error)})") from error
 
 
 def listed(folder: Path, what: str) -> list[Path]:

@@ -204,11 +204,12 @@ def _table(headings: list[str]) -> Table:
 
 
 def _metric_table(app: Application, results: dict[str, Any]) -> Table:
-    table = _table(["test split", app.main.name, f"max {app.output} difference"])
+    others = [name for name in results["test"]["after"] if name != app.main.name]
+    table = _table(["test split", app.main.name, *others, f"max {app.output} difference"])
     for name, found in {**results["test"], **results["saved"]}.items():
         difference = f"{found['max_difference']:.1e}" if "max_difference" in found else ""
-        style = "bold" if name == "after" else ""
-        table.add_row(name, app.main.text(found[app.main.name]), difference, style=style)
+        more = [f"{found[other]:.3f}" if other in found else "" for other in others]
+        table.add_row(name, app.main.text(found[app.main.name]), *more, difference, style=("", "bold")[name == "after"])
     return table
 
 

@@ -218,11 +218,11 @@ def open_application(arguments: argparse.Namespace) -> Subject:
     if folder is None:
         app.source = "crossed sevens of MNIST"
         app.judge, app.similarity = digits.judge(), similarity.efficientnet()
-        right = ", ".join(f"{100 * value:.0f} % of {name}" for name, value in digits.judged(app.judge).items())
+        right = " and ".join(f"{100 * value:.0f} % of {name}" for name, value in digits.judged(app.judge).items())
         app.notes = (
             f"The generator ({quick.steps} steps) is self-trained, on digits without crossed sevens. The judge is a "
-            f"small classifier, right on {right} that it has not seen; similarity is the mean cosine of EfficientNet-Lite0's "
-            "features with those of held-out crossed sevens.",
+            f"small classifier, right on {right} that it has not seen; similarity is the mean cosine of features of "
+            "EfficientNet-Lite0 with those of held-out crossed sevens.",
         )
     else:
         app.source = str(folder)
