@@ -99,7 +99,9 @@ def add(parser: argparse.ArgumentParser, options: Sequence[Option], defaults: Ma
         shown = ",".join(default) if isinstance(default, list) else default
         text = each.help if default is None else f"{each.help} (default: {shown})"
         group = groups.setdefault(each.group, parser.add_argument_group(each.group))
-        group.add_argument(each.flag, help=text, **each.settings)
+        # where results go is asked for before presets are read, and is in none
+        final = {"default": default} if isinstance(default, Path) else {}
+        group.add_argument(each.flag, help=text, **final, **each.settings)
 
 
 def resolve(arguments: argparse.Namespace, *layers: Mapping[str, Any]) -> None:

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-for package in ("diffusers", "cv2", "peft", "rich"):
-    pytest.importorskip(package, reason="the image jobs need hra-kernels[images]")
+pytest.importorskip("diffusers", reason="the image jobs need hra-kernels[images]")
+pytest.importorskip("cv2", reason="the image jobs need hra-kernels[images]")
+pytest.importorskip("rich", reason="the image jobs need hra-kernels[images]")
 
 import numpy
 import transformers
@@ -279,10 +280,10 @@ def test_made_once(tmp_path):
         (["--model", "{cup}"], "expected a folder with the model_index.json of a pipeline, got none"),
         (["--model", "{sd}", "--data", "{cup}"], "expected with --subject-class or --class-idx"),
         (["--model", "{sd}", "--data", "{sd}", "--subject-class", "cup"], "expected .bmp, .jpeg, .jpg"),
-        (["--model", "{sd}", "--data", "./absent", "--subject-class", "cup"], "expected a folder with images, got none"),
+        (["--model", "{sd}", "--data", "./no", "--subject-class", "cup"], "expected a folder with images, got none"),
         (["--model", "{sd}", "--data", "{bad}", "--subject-class", "cup"], "0.png: expected an image, got a file that"),
         (["--model", "{sd}", "--data", "{cup}", "--class-idx", "30"], "--class-idx 30: expected 0 to 29"),
-        (["--model", "{sd}", "--data", ".", "--class-idx", "3", "--prompt-idx", "25"], "--prompt-idx 25: expected 0 to 24"),
+        (["--data", ".", "--class-idx", "3", "--prompt-idx", "25"], "--prompt-idx 25: expected 0 to 24"),
         (["--prompt-idx", "2"], "--prompt-idx: expected with --class-idx"),
         (["--model", "{sd}"], "--model, --data: expected both, or neither"),
         (["--class-idx", "3"], "--class-idx: expected with --data"),
