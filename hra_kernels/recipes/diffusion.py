@@ -65,9 +65,11 @@ class Generator(Base):
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
         with refusing(f"--model {source}: expected a Stable Diffusion model by name or folder, got"):
             parts = DiffusionPipeline.load_config(source)
+            clipping = {"clip_sample": False} if parts.get("vae") else {}
             found = {
                 "tokenizer": AutoTokenizer.from_pretrained(source, subfolder="tokenizer"),
-                "scheduler": DDIMScheduler.from_pretrained(source, subfolder="scheduler"),
+                # the configurations of other schedulers do not say that latents are not to be clipped
+                "scheduler": DDIMScheduler.from_pretrained(source, subfolder="scheduler", **clipping),
                 "text_encoder": CLIPTextModel.from_pretrained(source, subfolder="text_encoder"),
                 "vae": AutoencoderKL.from_pretrained(source, subfolder="vae") if parts.get("vae") else None,
                 "unet_config": dict(UNet2DConditionModel.load_config(source, subfolder="unet")),

@@ -119,6 +119,7 @@ def test_control_starts_as_nothing_and_then_counts(folder):
 
 def test_pictures_are_of_their_numbers_alone(folder):
     base = Generator.open(str(folder / "sd"), 0)
+    assert not base.scheduler.config.clip_sample  # latents, of a scheduler whose configuration does not say it
     model = base.model()
     texts = ["a", "b", "c"]
     together = base.sample(model, texts, [1, 2, 3], 2, 3.0)
