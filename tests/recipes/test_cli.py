@@ -20,7 +20,18 @@ def run(*arguments, **options):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["env"], ["fetch"], ["train"], ["train", "nlu"], ["train", "math"], ["eval", "math"], ["verify"], ["export"]],
+    [
+        [],
+        ["env"],
+        ["fetch"],
+        ["train"],
+        ["train", "nlu"],
+        ["train", "math"],
+        ["eval", "math"],
+        ["generate"],
+        ["verify"],
+        ["export"],
+    ],
 )
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -17,7 +17,7 @@ import diffusers
 from hra_kernels import cli
 from hra_kernels.recipes import digits, packages, trainer
 from hra_kernels.testing.tolerance import rounding
-from tests.recipes.tiny import save_pictures, save_stable_diffusion
+from tests.recipes.tiny import save_controlled, save_pictures, save_stable_diffusion
 
 pytestmark = pytest.mark.slow
 FLOAT32 = rounding(128, 8, layers=24)
@@ -26,12 +26,11 @@ FLOAT32 = rounding(128, 8, layers=24)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with `sd`, a pipeline, `dreambooth/berry_bowl`, pictures of a subject, and `data.jsonl`, to control."""
+    """A folder with `sd`, a pipeline, `dreambooth/berry_bowl`, a subject, and `data.jsonl`, controlled pictures."""
     folder = tmp_path_factory.mktemp("jobs")
     save_stable_diffusion(folder / "sd")
     save_pictures(folder / "dreambooth" / "berry_bowl")
-    rows = [{"target": f"dreambooth/berry_bowl/{i % 3}.jpg", "prompt": f"a bowl {i}"} for i in range(40)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_controlled(folder / "data.jsonl")
     return folder
 
 

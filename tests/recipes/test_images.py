@@ -29,17 +29,16 @@ from hra_kernels.recipes import (
 from hra_kernels.recipes.diffusion import Generator
 from hra_kernels.recipes.image_application import Example
 from hra_kernels.recipes.jobs import control, subject
-from tests.recipes.tiny import save_pictures, save_stable_diffusion
+from tests.recipes.tiny import save_controlled, save_pictures, save_stable_diffusion
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with `sd`, a pipeline, `cup`, pictures of a subject, and `data.jsonl`, of pictures to control."""
+    """A folder with `sd`, a pipeline, `cup`, pictures of a subject, and `data.jsonl`, controlled ones."""
     folder = tmp_path_factory.mktemp("images")
     save_stable_diffusion(folder / "sd")
     save_pictures(folder / "cup")
-    rows = [{"target": f"cup/{i % 3}.jpg", "prompt": f"a cup {i}"} for i in range(12)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_controlled(folder / "data.jsonl")
     return folder
 
 
@@ -50,6 +49,15 @@ def said(capsys, arguments, status: int) -> str:
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("hra-kernels: "), err
     return err
+
+
+@pytest.mark.parametrize("job", ["subject", "control"])
+def test_help(job, capsys):
+    for verb in ("train", "eval", *(["generate"] if job == "control" else [])):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([verb, job, "--help"])
+        assert stopped.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: hra-kernels {verb} {job}")
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -122,6 +122,14 @@ def save_pictures(folder: Path, count: int = 3) -> Path:
     return folder
 
 
+def save_controlled(path: Path, count: int = 40) -> Path:
+    """Lines with pictures of `pictures` beside the file, three in turn, and prompts."""
+    save_pictures(path.parent / "pictures")
+    rows = [{"target": f"pictures/{i % 3}.jpg", "prompt": f"a cup {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def save_sentences(path: Path) -> Path:
     """Sixty different sentences of two classes."""
     rows = [f"{'good' if number % 2 else 'bad'} {number},{number % 2}" for number in range(60)]
