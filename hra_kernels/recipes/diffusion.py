@@ -36,7 +36,6 @@ class Generator(Base):
     """A frozen pipeline whose UNet is adapted.
 
     Attributes:
-        sizes: (channels, height and width) of pictures.
         control: channels of the layers that encode a control picture; none without control.
         trained_biases: none, all or hra, as PEFT's `bias`.
         known: prompts that were encoded.
@@ -64,14 +63,14 @@ class Generator(Base):
             library.utils.logging.disable_progress_bar()
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
         with refusing(f"--model {source}: expected a Stable Diffusion model by name or folder, got"):
-            parts = DiffusionPipeline.load_config(source)
-            clipping = {"clip_sample": False} if parts.get("vae") else {}
+            latent = any(DiffusionPipeline.load_config(source).get("vae") or ())
+            clipping = {"clip_sample": False} if latent else {}
             found = {
                 "tokenizer": AutoTokenizer.from_pretrained(source, subfolder="tokenizer"),
                 # the configurations of other schedulers do not say that latents are not to be clipped
                 "scheduler": DDIMScheduler.from_pretrained(source, subfolder="scheduler", **clipping),
                 "text_encoder": CLIPTextModel.from_pretrained(source, subfolder="text_encoder"),
-                "vae": AutoencoderKL.from_pretrained(source, subfolder="vae") if parts.get("vae") else None,
+                "vae": AutoencoderKL.from_pretrained(source, subfolder="vae") if latent else None,
                 "unet_config": dict(UNet2DConditionModel.load_config(source, subfolder="unet")),
             }
         for name in ("text_encoder", "vae"):

@@ -16,6 +16,7 @@ from hra_kernels.recipes import options, trainer
 from tests.recipes import tiny
 
 DRAWING = "--samples 1 --sampling-steps 1"
+SUBJECT = f"--subject-class cup --class-images 2 {DRAWING}"
 JOBS = {
     "nlu": (tiny.save_base, tiny.save_sentences, "data.csv", ""),
     "math": (tiny.save_llama, tiny.save_problems, "data.jsonl", ""),
@@ -23,7 +24,7 @@ JOBS = {
         tiny.save_stable_diffusion,
         tiny.save_pictures,
         "cup",
-        f"--subject-class cup --class-images 2 {DRAWING}",
+        SUBJECT,
     ),
     "control": (tiny.save_stable_diffusion, tiny.save_controlled, "data.jsonl", DRAWING),
 }
