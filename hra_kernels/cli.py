@@ -1,4 +1,4 @@
-"""The command line: `hra-kernels env | verify | fetch | train | eval | export`.
+"""The command line: `hra-kernels env | verify | fetch | train | generate | eval | export`.
 
 Only torch is imported before a command is chosen; what a command needs beyond it is imported by that command, and a
 missing package is answered with the pip command that brings it.
@@ -18,27 +18,32 @@ import hra_kernels
 from hra_kernels import verify
 from hra_kernels.recipes import RecipeError, options
 
+VERBS = {
+    "train": ("train", "", "fine-tune a model with HRA, from loading to merging"),
+    "generate": ("generate", "GENERATE_", "what a job's evaluation reads, by several processes"),
+    "eval": ("evaluate", "EVAL_", "the metrics of a model that a job has trained and merged"),
+}
+"""Commands over jobs: the function of a job's file, the prefix of its OPTIONS and DEFAULTS, and help."""
+
 
 class _JobParser(argparse.ArgumentParser):
     """Takes its options from the job's own file, which is imported only when the job is chosen.
 
-    A job's file has OPTIONS, DEFAULTS and `train(arguments)`; with EVAL_OPTIONS, EVAL_DEFAULTS and
-    `evaluate(arguments)` also an evaluation.
+    A job's file has a function for each command that serves it, and the command's tables of options and defaults, as
+    VERBS names them.
     """
 
     job: str
     verb: str
 
     def parse_known_args(self, args=None, namespace=None):
-        module = _import_for(f"hra_kernels.recipes.jobs.{self.job}", "train")
+        module = _import_for(f"hra_kernels.recipes.jobs.{self.job}", options.extra(self.job))
         self.description, self.formatter_class = module.__doc__, argparse.RawDescriptionHelpFormatter
+        function, prefix = VERBS[self.verb][:2]
         if self.verb == "train":
             self.epilog = module.EPILOG
-            options.add(self, module.OPTIONS, module.DEFAULTS)
-            self.set_defaults(run=module.train)
-        else:
-            options.add(self, module.EVAL_OPTIONS, module.EVAL_DEFAULTS)
-            self.set_defaults(run=module.evaluate)
+        options.add(self, getattr(module, prefix + "OPTIONS"), getattr(module, prefix + "DEFAULTS"))
+        self.set_defaults(run=getattr(module, function))
         return super().parse_known_args(args, namespace)
 
 
@@ -62,10 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     fetch.add_argument("job", choices=sorted(options.jobs()))
     fetch.set_defaults(run=_fetch)
 
-    train = commands.add_parser("train", help="fine-tune a model with HRA, from loading to merging")
-    _add_jobs(train, "train", options.jobs())
-    evaluate = commands.add_parser("eval", help="the metrics of a model that a job has trained and merged")
-    _add_jobs(evaluate, "eval", options.jobs(evaluated=True))
+    for verb, (function, _, said) in VERBS.items():
+        _add_jobs(commands.add_parser(verb, help=said), verb, options.jobs(function))
 
     export = commands.add_parser(
         "export",

@@ -4,6 +4,7 @@ import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -51,6 +52,7 @@ class Application(ABC):
         heads: prefixes of the parameters that a frozen model trains; empty where it trains none.
         output: what one number of `outputs` is.
         described: more of the data for results.json; `notes` are sentences for the page.
+        by_token: whether a loss is a mean over tokens, whose number transformers then counts over all processes.
         rivals: methods to train as well, for their metrics.
         layer: fields of `hra_kernels.peft.HRAConfig` that PEFT's own has not; with some, nothing is compared
             with PEFT's own HRA.
@@ -66,6 +68,7 @@ class Application(ABC):
     reference: ClassVar[dict[str, dict[str, float]]] = {}
     heads: ClassVar[Sequence[str]] = ()
     output: ClassVar[str] = "output"
+    by_token: ClassVar[bool] = True
     rivals: ClassVar[Sequence[str]] = ()
     described: ClassVar[dict[str, list[str]]] = {}
     layer: Mapping[str, Any] = MappingProxyType({})
@@ -87,6 +90,16 @@ class Application(ABC):
     @abstractmethod
     def metrics(self, outputs: Tensor, part: Part) -> dict[str, float]:
         """At least `main.name`."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Of a batch that `collate` made, a scalar."""
+        return model(**batch).loss
+
+    def checked(self, model: nn.Module, step: int, folder: Path) -> None:  # noqa: B027
+        """Called after each validation, by the first process; `folder` lasts as long as the checkpoints."""
+
+    def draw(self, folder: Path, checkpoints: Path) -> None:  # noqa: B027
+        """Leave pictures in `folder`; `checkpoints` is what `checked` was given."""
 
     def last(self, model: nn.Module) -> dict[str, float]:
         """Slow metrics that are taken once before and once after."""

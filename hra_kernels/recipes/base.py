@@ -60,6 +60,15 @@ class Base:
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.device).eval()
 
+    def let_gradient_through(self, model: nn.Module) -> None:
+        """Gradients flow back to the model's first layer although nothing there is trained."""
+        model.enable_input_require_grads()
+
+    def save_merged(self, model: nn.Module, folder: Path) -> None:
+        """All that `open` needs to read the merged model again."""
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
     def adapted(self, config: PeftConfig) -> PeftModel:
         """A fresh copy with an adapter, of HRA as PEFT builds it now: our layers or its own."""
         model = self.model()

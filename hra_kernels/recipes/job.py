@@ -49,7 +49,7 @@ def _interrupted(state: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def _is_first() -> bool:
+def first_process() -> bool:
     """Of torchrun's processes; true without it."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -128,8 +128,7 @@ def _compare_saved(app: Application, folder: Path, model: PeftModel, trained: Te
         found["loaded into a fresh model"] = compared(loaded)
         merged = loaded.merge_and_unload()
         found["merged, no adapter left"] = compared(merged)
-        merged.save_pretrained(folder / "merged")
-        base.tokenizer.save_pretrained(folder / "merged")
+        base.save_merged(merged, folder / "merged")
     found["exported, loaded as LoRA"] = compared(base.saved_adapter(folder / "lora"))
     if not app.layer:
         with hra_kernels.peft.disabled():
@@ -142,7 +141,7 @@ def _rivals(app: Application, console: Console, folder: Path) -> dict[str, dict[
     found = {}
     for name in () if app.arguments.no_compare else app.rivals:
         model, _ = _train(app, _adapted(app, lora=True), folder, console, name, None)
-        if _is_first():
+        if first_process():
             trainer.forget_checkpoints(folder)
         found[f"{name}, trained alike"] = app.metrics(app.outputs(model, "test"), "test") | app.last(model)
     return found
@@ -151,15 +150,17 @@ def _rivals(app: Application, console: Console, folder: Path) -> dict[str, dict[
 def methods(app: Application, state: dict[str, Tensor]) -> list[step_cost.Method]:
     """The ways to train the model: HRA's two go on from `state`, since at the start every reflection cancels."""
     with hra_kernels.peft.enabled():
-        hra = [step_cost.Method(OURS, _adapted(app))]
+        hra = [step_cost.Method(OURS, _adapted(app), app.loss)]
     if not app.layer:
         with hra_kernels.peft.disabled():
-            hra.append(step_cost.Method(PEFT_HRA, _adapted(app)))
+            hra.append(step_cost.Method(PEFT_HRA, _adapted(app), app.loss))
     for method in hra:
         set_peft_model_state_dict(method.model, state)
-    found = [step_cost.Method(HEAD_ONLY, step_cost.frozen(app.base, app.heads, through=False))] if app.heads else []
-    found.append(step_cost.Method(FLOOR, step_cost.frozen(app.base, app.heads, through=True)))
-    return [*found, hra[0], step_cost.Method(LORA, _adapted(app, lora=True)), *hra[1:]]
+    frozen = {FLOOR: step_cost.frozen(app.base, app.heads, through=True)}
+    if app.heads:
+        frozen = {HEAD_ONLY: step_cost.frozen(app.base, app.heads, through=False), **frozen}
+    found = [step_cost.Method(name, model, app.loss) for name, model in frozen.items()]
+    return [*found, hra[0], step_cost.Method(LORA, _adapted(app, lora=True), app.loss), *hra[1:]]
 
 
 def _time(app: Application, console: Console, state: dict[str, Tensor]) -> dict[str, Any]:
@@ -203,11 +204,12 @@ def _table(headings: list[str]) -> Table:
 
 
 def _metric_table(app: Application, results: dict[str, Any]) -> Table:
-    table = _table(["test split", app.main.name, f"max {app.output} difference"])
+    others = [name for name in results["test"]["after"] if name != app.main.name]
+    table = _table(["test split", app.main.name, *others, f"max {app.output} difference"])
     for name, found in {**results["test"], **results["saved"]}.items():
         difference = f"{found['max_difference']:.1e}" if "max_difference" in found else ""
-        style = "bold" if name == "after" else ""
-        table.add_row(name, app.main.text(found[app.main.name]), difference, style=style)
+        more = [f"{found[other]:.3f}" if other in found else "" for other in others]
+        table.add_row(name, app.main.text(found[app.main.name]), *more, difference, style=("", "bold")[name == "after"])
     return table
 
 
@@ -256,7 +258,7 @@ def run(open_application: Callable[[argparse.Namespace], Application], arguments
     results at the end; each is there whole or not at all.
     """
     started = time.monotonic()
-    first = _is_first()
+    first = first_process()
     console.quiet = console.quiet or not first
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
@@ -281,6 +283,7 @@ def run(open_application: Callable[[argparse.Namespace], Application], arguments
         state = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
         with written_whole(out, forgetting=RESULTS) as folder:
             results["saved"] = _compare_saved(app, folder, model, outputs)
+            app.draw(folder, checkpoints)
         trainer.forget_checkpoints(checkpoints)
     with _interrupted(lambda: f"{out} holds adapter/, merged/ and lora/ of this run, but no results"):
         _report(app, console, training, results, state)

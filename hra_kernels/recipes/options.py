@@ -58,8 +58,7 @@ def _names(text: str) -> list[str]:
 
 MODEL, ADAPTER, TRAINING = "model and data", "adapter", "training"
 
-COMMON = (
-    option(MODEL, "--max-length", "cut longer inputs", type=positive(int), metavar="TOKENS"),
+COMMON_BUT_LENGTH = (
     option(ADAPTER, "--rank", "reflections per layer", type=positive(int), metavar="R"),
     option(
         ADAPTER,
@@ -87,6 +86,8 @@ COMMON = (
     option(TRAINING, "--resume", "go on from the checkpoints of an interrupted run in --out", action="store_true"),
     option(TRAINING, "--out", "folder for the results", type=Path, metavar="DIR"),
 )
+LENGTH = option(MODEL, "--max-length", "cut longer inputs", type=positive(int), metavar="TOKENS")
+COMMON = (LENGTH, *COMMON_BUT_LENGTH)
 
 
 def add(parser: argparse.ArgumentParser, options: Sequence[Option], defaults: Mapping[str, Any]) -> None:
@@ -98,7 +99,9 @@ def add(parser: argparse.ArgumentParser, options: Sequence[Option], defaults: Ma
         shown = ",".join(default) if isinstance(default, list) else default
         text = each.help if default is None else f"{each.help} (default: {shown})"
         group = groups.setdefault(each.group, parser.add_argument_group(each.group))
-        group.add_argument(each.flag, help=text, **each.settings)
+        # where results go is asked for before presets are read, and is in none
+        final = {"default": default} if isinstance(default, Path) else {}
+        group.add_argument(each.flag, help=text, **final, **each.settings)
 
 
 def resolve(arguments: argparse.Namespace, *layers: Mapping[str, Any]) -> None:
@@ -111,16 +114,25 @@ def resolve(arguments: argparse.Namespace, *layers: Mapping[str, Any]) -> None:
         arguments.penalty, arguments.apply_gs = 0.0, True
 
 
-def jobs(evaluated: bool = False) -> dict[str, str]:
-    """Name and first sentence of every job, or of those with an evaluation: one file each in the folder `jobs`.
+def _read(path: Path) -> ast.Module:
+    """A job's file, not imported."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
-    They are read, not imported.
-    """
+
+def jobs(function: str = "train") -> dict[str, str]:
+    """Name and first sentence of every job that has this function: one file each in the folder `jobs`."""
     found = {}
     for path in sorted(JOBS.glob("[a-z]*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if evaluated and not any(isinstance(node, ast.FunctionDef) and node.name == "evaluate" for node in tree.body):
-            continue
-        said = ast.get_docstring(tree) or path.stem
-        found[path.stem] = said.split("\n\n")[0].replace("\n", " ").rstrip(".")
+        tree = _read(path)
+        if any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body):
+            said = ast.get_docstring(tree) or path.stem
+            found[path.stem] = said.split("\n\n")[0].replace("\n", " ").rstrip(".")
     return found
+
+
+def extra(job: str) -> str:
+    """The extra of this package with what the job imports: its EXTRA, or `train`."""
+    for node in _read(JOBS / f"{job}.py").body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["EXTRA"]:
+            return ast.literal_eval(node.value)
+    return "train"

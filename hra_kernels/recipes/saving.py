@@ -3,12 +3,15 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from hra_kernels.recipes import RecipeError, reason
+
+MADE = "whole"
+"""The last file, also by name, of a folder that `made_once` fills."""
 
 
 @contextlib.contextmanager
@@ -42,6 +45,25 @@ def written_whole(folder: Path, forgetting: Sequence[str] = ()) -> Iterator[Path
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or reason(error)
         raise RecipeError(f"--out {folder}: cannot write this folder ({said})") from error
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, filled by `make` where it has not been; under torchrun by the first process, the others wait."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _made(folder, make)
+    import accelerate
+    import torch
+
+    with accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        return _made(folder, make)
+
+
+def _made(folder: Path, make: Callable[[Path], None]) -> Path:
+    if not (folder / MADE).is_file():
+        with written_whole(folder) as partial:
+            make(partial)
+            (partial / MADE).write_text("")
+    return folder
 
 
 def cannot_write(error: BaseException) -> bool:

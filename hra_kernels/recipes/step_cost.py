@@ -20,6 +20,7 @@ class Method:
 
     name: str
     model: nn.Module
+    loss: Callable[[nn.Module, Batch], torch.Tensor]
     optimizer: torch.optim.Optimizer | None = field(init=False)
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -37,7 +38,7 @@ class Method:
         stopwatch.synchronize(device)
         start = time.perf_counter()
         batch = {name: tensor.to(device) for name, tensor in batches[number % len(batches)].items()}
-        loss = self.model(**batch).loss
+        loss = self.loss(self.model, batch)
         loss.backward()
         if self.optimizer:
             self.optimizer.step()
@@ -67,7 +68,7 @@ def frozen(base: Base, heads: Sequence[str], through: bool) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(heads)))
     if through:
-        model.enable_input_require_grads()
+        base.let_gradient_through(model)
     return model
 
 

@@ -36,7 +36,7 @@ class SimilarLengths(torch.utils.data.Sampler):
     """
 
     def __init__(self, rows: list[dict], batch_size: int, seed: int):
-        self.lengths = [len(row["input_ids"]) for row in rows]
+        self.lengths = [len(row.get("input_ids", ())) for row in rows]
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -59,8 +59,8 @@ class Trainer(transformers.Trainer):
 
     def __init__(self, application: Application, model: PeftModel, arguments: transformers.TrainingArguments):
         self.application = application
-        of_hra = model.active_peft_config.peft_type == PeftType.HRA  # a rival has no reflections
-        self.penalty = application.arguments.penalty if of_hra else 0.0
+        self.of_hra = model.active_peft_config.peft_type == PeftType.HRA  # a rival has no reflections
+        self.penalty = application.arguments.penalty if self.of_hra else 0.0
         super().__init__(
             model,
             arguments,
@@ -80,7 +80,10 @@ class Trainer(transformers.Trainer):
             self.is_fsdp_enabled = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self.application.by_token:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = self.application.loss(model, inputs), None
         if self.penalty:
             loss = loss + self.penalty * model_orthogonality_penalty(model)
         return (loss, outputs) if return_outputs else loss
@@ -90,6 +93,8 @@ class Trainer(transformers.Trainer):
         found = application.metrics(application.outputs(model, "validation"), "validation")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
+        if self.of_hra and self.is_world_process_zero():
+            application.checked(model, self.state.global_step, Path(self.args.output_dir))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,13 +20,31 @@ def run(*arguments, **options):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["env"], ["fetch"], ["train"], ["train", "nlu"], ["train", "math"], ["eval", "math"], ["verify"], ["export"]],
+    [
+        [],
+        ["env"],
+        ["fetch"],
+        ["train"],
+        ["train", "nlu"],
+        ["train", "math"],
+        ["eval", "math"],
+        ["generate"],
+        ["verify"],
+        ["export"],
+    ],
 )
 def test_help(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([*arguments, "--help"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith("usage: hra-kernels" + "".join(f" {name}" for name in arguments))
+
+
+@pytest.mark.parametrize("arguments", [["train", "nlu"], ["train", "math"], ["eval", "math", "--model", "."]])
+def test_results_have_a_folder(arguments):
+    pytest.importorskip("rich", reason="the recipes need hra-kernels[train]")
+    name = arguments[1] if arguments[0] == "train" else f"{arguments[1]}-eval"
+    assert cli.build_parser().parse_args(arguments).out == Path("runs", name)
 
 
 def test_help_of_the_main_job_names_its_options(capsys):

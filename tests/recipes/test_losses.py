@@ -1,5 +1,7 @@
 """The losses of a training with our layers and with PEFT's own HRA, on the same batches, through the same Trainer."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -10,20 +12,32 @@ from rich.console import Console
 
 import hra_kernels.peft
 from hra_kernels import cli
-from hra_kernels.recipes import trainer
-from hra_kernels.recipes.jobs import math, nlu
-from tests.recipes.tiny import save_base, save_llama, save_problems, save_sentences
+from hra_kernels.recipes import options, trainer
+from tests.recipes import tiny
 
+DRAWING = "--samples 1 --sampling-steps 1"
+SUBJECT = f"--subject-class cup --class-images 2 {DRAWING}"
 JOBS = {
-    "nlu": (nlu, save_base, save_sentences, "data.csv"),
-    "math": (math, save_llama, save_problems, "data.jsonl"),
+    "nlu": (tiny.save_base, tiny.save_sentences, "data.csv", ""),
+    "math": (tiny.save_llama, tiny.save_problems, "data.jsonl", ""),
+    "subject": (
+        tiny.save_stable_diffusion,
+        tiny.save_pictures,
+        "cup",
+        SUBJECT,
+    ),
+    "control": (tiny.save_stable_diffusion, tiny.save_controlled, "data.jsonl", DRAWING),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_losses_are_those_of_pefts_own_hra(name, tmp_path):
-    job, save_model, save_data, file = JOBS[name]
+    if options.extra(name) == "images":
+        pytest.importorskip("diffusers", reason="the image jobs need hra-kernels[images]")
+        pytest.importorskip("cv2", reason="the image jobs need hra-kernels[images]")
+    job = importlib.import_module(f"hra_kernels.recipes.jobs.{name}")
+    save_model, save_data, file, more = JOBS[name]
     named = {
         "--model": save_model(tmp_path / "base"),
         "--data": save_data(tmp_path / file),
@@ -32,7 +46,7 @@ def test_losses_are_those_of_pefts_own_hra(name, tmp_path):
         "--lr": 0.03,
         "--lambda": 0.01,
     }
-    words = ["train", name, *(str(word) for pair in named.items() for word in pair)]
+    words = ["train", name, *(str(word) for pair in named.items() for word in pair), *more.split()]
     losses = []
     for layers in (hra_kernels.peft.enabled, hra_kernels.peft.disabled):
         arguments = cli.build_parser().parse_args(words)

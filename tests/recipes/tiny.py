@@ -73,6 +73,63 @@ def _save_tokenizer(folder: Path, **special: str) -> Path:
     return folder
 
 
+CLIP_WORDS = ["<|startoftext|>", "<|endoftext|>"]
+CLIP_WORDS += [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+
+
+def save_stable_diffusion(folder: Path) -> Path:
+    """A pipeline in the layout of Stable Diffusion 1.5, random: pictures of 32 x 32, latents of 4 x 16 x 16."""
+    import diffusers  # not in the extra of the other jobs
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(CLIP_WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = diffusers.PNDMScheduler(**betas, skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False)
+    vocabulary = {word: number for number, word in enumerate(CLIP_WORDS)}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    parts = vae, transformers.CLIPTextModel(text), tokenizer, unet, scheduler
+    diffusers.StableDiffusionPipeline(*parts, None, None, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def save_pictures(folder: Path, count: int = 3) -> Path:
+    """Noise of 40 x 40."""
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for number in range(count):
+        noise = torch.rand(40, 40, 3, generator=torch.Generator().manual_seed(number))
+        Image.fromarray((255 * noise).byte().numpy()).save(folder / f"{number}.jpg")
+    return folder
+
+
+def save_controlled(path: Path, count: int = 40) -> Path:
+    """Lines with pictures of `pictures` beside the file, three in turn, and prompts."""
+    save_pictures(path.parent / "pictures")
+    rows = [{"target": f"pictures/{i % 3}.jpg", "prompt": f"a cup {i}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def save_sentences(path: Path) -> Path:
     """Sixty different sentences of two classes."""
     rows = [f"{'good' if number % 2 else 'bad'} {number},{number % 2}" for number in range(60)]
