@@ -81,8 +81,8 @@ SLICES = read_slices(_FILES["sm_90"]["slices"])
 """{(pass of the CUDA kernels, rank padded to 8 or 16): [(largest D, columns of x per block), ...]}; the first that fits
 serves. They need the clusters of sm_90; bench/gpu/notes.md has the predictions."""
 
-PRODUCT_CONFIG = LaunchConfig(64, 32, 8, 2)
-"""`product_kernel`: tiles of 64 x 64, 32 of the inner axis per step; spills with 4 warps on sm_80."""
+PRODUCT_CONFIG = LaunchConfig(64, 32, 8, 3)
+"""`product_kernel`: tiles of 64 x 64, 32 of the inner axis per step; 4 warps spill on sm_80, 2 stages on sm_100."""
 
 L2_SHARE = 0.75
 """Of L2, for the rows of x between `reflect_kernel`'s two sweeps; v, p and y, which leaves first, take the rest."""
