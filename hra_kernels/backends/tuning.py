@@ -119,7 +119,7 @@ def gram_splits(rank: int) -> int:
 
 
 def factor_warps(block_r: int) -> int:
-    """Warps of `chain_factor_kernel`: 4 spill on sm_100 at R = 256 (16 columns of t are 32 float32 per thread)."""
+    """Warps of `chain_factor_kernel` and `gram_schmidt_kernel`, which hold 16 x R float64: 4 spill at R = 256."""
     return 8 if block_r > 128 else 4
 
 
