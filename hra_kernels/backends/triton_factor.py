@@ -39,10 +39,12 @@ def _gram(a: Tensor, b: Tensor) -> Tensor:
 def _gram_schmidt(g: Tensor, t: Tensor) -> Tensor:
     """l⁻¹ (L, R, R) float64; fills t."""
     L, splits, R, _ = g.shape
+    block_r = power_of_two_above(R, 16)
     inverse = triton_launch.empty((L, R, R), torch.float64, g.device)
     triton_launch.factor_kernels().gram_schmidt_kernel[(L,)](
         inverse_ptr=inverse, t_ptr=t, g_ptr=g, R=R, num_splits=splits,
-        BLOCK_R=power_of_two_above(R, 16), BLOCK_C=16, BLOCK_S=tuning.gram_splits(R), num_warps=4, num_stages=1,
+        BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=tuning.gram_splits(R),
+        num_warps=tuning.factor_warps(block_r), num_stages=1,
     )  # fmt: skip
     return inverse
 

@@ -81,8 +81,8 @@ SLICES = read_slices(_FILES["sm_90"]["slices"])
 """{(pass of the CUDA kernels, rank padded to 8 or 16): [(largest D, columns of x per block), ...]}; the first that fits
 serves. They need the clusters of sm_90; bench/gpu/notes.md has the predictions."""
 
-PRODUCT_CONFIG = LaunchConfig(64, 32, 8, 2)
-"""`product_kernel`: tiles of 64 x 64, 32 of the inner axis per step; spills with 4 warps on sm_80."""
+PRODUCT_CONFIG = LaunchConfig(64, 32, 8, 3)
+"""`product_kernel`: tiles of 64 x 64, 32 of the inner axis per step; 4 warps spill on sm_80, 2 stages on sm_100."""
 
 L2_SHARE = 0.75
 """Of L2, for the rows of x between `reflect_kernel`'s two sweeps; v, p and y, which leaves first, take the rest."""
@@ -119,7 +119,7 @@ def gram_splits(rank: int) -> int:
 
 
 def factor_warps(block_r: int) -> int:
-    """Warps of `chain_factor_kernel`: 4 spill on sm_100 at R = 256 (16 columns of t are 32 float32 per thread)."""
+    """Warps of `chain_factor_kernel` and `gram_schmidt_kernel`, which hold 16 x R float64: 4 spill at R = 256."""
     return 8 if block_r > 128 else 4
 
 

@@ -181,15 +181,12 @@ class Compiled:
         """The least number of copies that stay on their way in each steady loop."""
         return _listed(min(loop.outstanding, default="-") for loop in self.loops)
 
-    def known_spills(self) -> int:
-        return KNOWN_SPILLS.get((self.launch.kernel, dict(self.launch.constants).get("BLOCK_R"), self.target), 0)
-
     def problems(self) -> list[str]:
         """Why this launch must not ship; empty where it may."""
         found = []
         if self.shared > SHARED_LIMIT[self.target]:
             found.append(f"{self.shared} bytes of shared memory, {SHARED_LIMIT[self.target]} are there")
-        if self.spills > self.known_spills() or (self.stack and not self.spills):
+        if self.spills or self.stack:
             found.append(f"{self.spills} spill instructions, {self.stack} bytes of stack")
         if self.launch.kernel in MATRIX_KERNELS and not self.matrix:
             found.append("no matrix instruction")
@@ -203,17 +200,6 @@ class Compiled:
             found += [problem for loop in self.loops for problem in loop.problems()]
         return found
 
-
-KNOWN_SPILLS = {
-    ("backward_rows_kernel", 16, "sm_80"): 3,
-    ("backward_rows_kernel", 16, "sm_100"): 3,
-    ("backward_columns_kernel", 16, "sm_100"): 2,
-    ("backward_columns_kernel", 32, "sm_100"): 10,
-    ("backward_columns_kernel", 16, "sm_120"): 8,
-    ("backward_columns_kernel", 32, "sm_120"): 17,
-    ("product_kernel", None, "sm_100"): 9,
-}
-"""(kernel, BLOCK_R, target): most spill instructions of a tile that is still to be replaced; none on sm_90."""
 
 MATRIX_KERNELS = {
     "reflect_kernel", "project_kernel", "backward_rows_kernel", "backward_columns_kernel", "combine_kernel",
