@@ -55,7 +55,7 @@ WARM_UP = 0.005  # share of the steps
 
 EPILOG = f"""\
 examples:
-  hra-kernels train math                                 SmolLM2-135M on ASDiv, {STEPS} steps
+  hra-kernels train math                                 SmolLM2-135M on ASDiv, {STEPS} steps: 10 CPU minutes
   hra-kernels train math --quick                         {QUICK_STEPS} steps, fewer held-out examples
   hra-kernels train math --model meta-llama/Llama-2-7b-hf --data MetaMathQA-40K.jsonl --preset paper --lambda 1e-4
   hra-kernels eval math --model runs/math/merged --data gsm8k.jsonl
