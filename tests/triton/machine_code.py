@@ -112,7 +112,9 @@ def launches_of(call: Callable[[], None], target: str = "sm_90") -> list[Launch]
         factor_kernels=lambda: _overhear(triton_factor_kernels, found),
     )
     with backend, mock.patch.object(tuning, "architecture", lambda: target):
+        triton_launch.forget_plans()
         call()
+        triton_launch.forget_plans()
     return list(found)
 
 

@@ -238,7 +238,8 @@ def test_few_programs_go_over_all_rows(dtype, monkeypatch):
     x, _, v, t = reflect_inputs(7 * 64 - 5, 40, 8, dtype)
     at_once = TRITON.reflect_fwd(x, v, t, True)
     monkeypatch.setattr(triton_reflect, "_chip", lambda device: (3, 1))
-    assert triton_reflect._most_row_blocks(x, 64) == 3
+    triton_launch.forget_plans()
+    assert triton_reflect._most_row_blocks(triton_reflect.Rows(*x.shape, 8, dtype, x.device), 64) == 3
     for expected, got in zip(at_once, TRITON.reflect_fwd(x, v, t, True), strict=True):
         assert torch.equal(expected, got)
 
@@ -247,8 +248,8 @@ def test_rows_in_flight_fit_l2(monkeypatch):
     """132 processors, 50 MB of L2: one program each where rows are wide, more where they are narrow."""
     monkeypatch.setattr(triton_reflect, "_chip", lambda device: (132, 50 * 2**20))
     for D, block_m, each in ((4096, 32, 1), (16384, 16, 1), (2048, 64, 1), (1024, 16, 9)):
-        x = torch.empty(8192, D, dtype=torch.bfloat16, device="meta")
-        assert triton_reflect._most_row_blocks(x, block_m) == 132 * each
+        rows = triton_reflect.Rows(8192, D, 8, torch.bfloat16, torch.device("meta"))
+        assert triton_reflect._most_row_blocks(rows, block_m) == 132 * each
 
 
 @pytest.mark.parametrize("module", [triton_kernels, triton_factor_kernels], ids=lambda module: module.__name__)

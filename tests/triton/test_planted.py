@@ -129,6 +129,7 @@ def plant(bug: Bug, directory: Path, monkeypatch) -> int:
         if module is triton_kernels:  # it has taken a function from the module as it is
             planted.chain_bwd_share = triton_launch.factor_kernels().chain_bwd_share
         monkeypatch.setattr(triton_launch, getter, lambda planted=planted: planted)
+    triton_launch.forget_plans()
     return edits
 
 
