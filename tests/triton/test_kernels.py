@@ -79,6 +79,8 @@ def guarded(monkeypatch) -> Callable[[], list[str]]:
         ]
 
     monkeypatch.setattr(triton_launch, "empty", empty)
+    like = lambda tensor, *shape: empty(shape, tensor.dtype, tensor.device)  # noqa: E731
+    monkeypatch.setattr(triton_launch, "empty_like", like)
     return damage
 
 
