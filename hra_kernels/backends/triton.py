@@ -104,5 +104,9 @@ class TritonBackend(Backend):
             return super().chain_bwd(dy, x, u, v, t, p, transpose, apply_gs)
         return triton_reflect.chain_bwd(dy, x, u, v, t, p, transpose)
 
+    def weight_side_bwd(self, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Two reads of x and dx; two runs agree bit for bit."""
+        return triton_reflect.weight_side_bwd(dx, x, v, t)
+
 
 BACKEND = TritonBackend()

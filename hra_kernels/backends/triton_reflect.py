@@ -239,9 +239,10 @@ def _column_splits(rows: Rows, block_m: int, block_d: int) -> tuple[int, int]:
 
 
 def _columns_bwd(
-    rows: Rows, stride_dym: int, stride_xm: int, u_strides: tuple[int, int] | None, dt_parts_count: int
-) -> tuple[Launch, tuple[int, int, int]]:
-    """dx where the kernel gives it, and dv (parts, R, D), whose shape comes back too.
+    rows: Rows, stride_dym: int, stride_xm: int, u_strides: tuple[int, int] | None, dt_parts_count: int,
+    need_dx: bool,
+) -> tuple[Launch, tuple[int, int, int]]:  # fmt: skip
+    """dx if needed, and dv = -(sᵀ dy + qmᵀ x) (parts, R, D), whose shape comes back too.
 
     With u_strides: ds, scale and phi for the gradient of u too, of the chain's plan.
     """
@@ -250,7 +251,7 @@ def _columns_bwd(
     rows_per_split, splits = _column_splits(rows, config.block_m, config.block_d)
     chain = u_strides is not None
     tensors = {
-        "dx_ptr": "dx" if R <= FUSED_RANK else "x", "dv_ptr": "dv_parts", "dy_ptr": "dy", "x_ptr": "x", "v_ptr": "v",
+        "dx_ptr": "dx" if need_dx else "x", "dv_ptr": "dv_parts", "dy_ptr": "dy", "x_ptr": "x", "v_ptr": "v",
         "qm_ptr": "qm", "s_ptr": "s",
     }  # fmt: skip
     of_chain = {"ds_ptr": "ds", "scale_ptr": "scale", "phi_ptr": "phi", "u_ptr": "u"}
@@ -262,7 +263,7 @@ def _columns_bwd(
         tensors | {"t_ptr": "t", "dt_parts_ptr": "dt_parts"},
         rows_per_split=rows_per_split, stride_dxm=D, stride_dym=stride_dym, stride_xm=stride_xm,
         stride_ud=stride_ud, stride_ur=stride_ur, dt_parts_count=dt_parts_count,
-        NEED_DX=R <= FUSED_RANK, STAGES=config.num_stages, CHAIN=chain,
+        NEED_DX=need_dx, STAGES=config.num_stages, CHAIN=chain,
         BLOCK_P=tuning.SCALE_PAIRS, SCALE_BLOCK_D=tuning.SCALE_BLOCK_D,
     )  # fmt: skip
     return launch, (splits, R, D)
@@ -276,7 +277,8 @@ def _bwd_parts(
     launches, scratch = _rows_bwd(rows, stride_dym, t_strides, transpose)
     if rows.R > FUSED_RANK:
         launches.append(_combine("dx", "dy", "qm", rows, stride_dym))
-    columns, shape = _columns_bwd(rows, stride_dym, stride_xm, u_strides, scratch["dt_parts"][0][0])
+    parts = scratch["dt_parts"][0][0]
+    columns, shape = _columns_bwd(rows, stride_dym, stride_xm, u_strides, parts, need_dx=rows.R <= FUSED_RANK)
     return [*launches, columns], scratch | {"dv_parts": (shape, torch.float32)}
 
 
@@ -345,3 +347,61 @@ def chain_bwd(
     launches = _chain_plan(Rows(M, D, R, x.dtype, x.device), u.stride(), dy.stride(0), x.stride(0), transpose)
     launches(dx=dx, du=du, dy=dy, x=x, u=u, v=v.contiguous(), t=t.contiguous(), p=p.contiguous())
     return dx, du
+
+
+# --- the weight side --------------------------------------------------------------------------------------------------
+
+
+@planned
+def _weight_side_plan(
+    rows: Rows, stride_dxm: int, stride_xm: int, t_strides: tuple[int, int]
+) -> tuple[Launches, tuple[int, int, int], int]:
+    """Of c (parts, R, R), dv (parts, R, D), dx, x, v, t and n; the shape of dv, and how many parts c has."""
+    M, _, R, dtype, device = rows
+    scratch = {name: ((M, R), torch.float32) for name in ("qm", "s")}
+    if R <= FUSED_BACKWARD_RANK:
+        config = _config("backward_rows", rows)
+        parts = min(cdiv(M, config.block_m), tuning.ROW_PROGRAMS)
+        tensors = {
+            "qn_ptr": "qm", "s_ptr": "s", "c_ptr": "dt_parts", "dx_ptr": "dy", "x_ptr": "x", "v_ptr": "v", "t_ptr": "t",
+            "n_ptr": "n",
+        }  # fmt: skip
+        launches = [_launch(
+            "weight_side_rows_kernel", config, (parts,), rows, tensors, stride_dxm=stride_dxm, stride_xm=stride_xm,
+            stride_ti=t_strides[0], stride_tj=t_strides[1], V_SCALE=v_scale(dtype),
+        )]  # fmt: skip
+    else:
+        parts = min(cdiv(M, 512), 64)
+        scratch |= {name: ((M, R), torch.float32) for name in ("p", "q")}
+        p, q = Matrix("p", M, R, (R, 1)), Matrix("q", M, R, (R, 1))
+        launches = [
+            _project("p", "x", rows, stride_xm),
+            _project("q", "dy", rows, stride_dxm),
+            _product("s", p, Matrix("t", R, R, t_strides).mT),
+            _product("qm", q, Matrix("n", R, R, (R, 1))),
+            _product("dt_parts", p.mT, q, parts),
+        ]
+    columns, shape = _columns_bwd(rows, stride_dxm, stride_xm, None, parts, need_dx=False)
+    return Launches(device, [*launches, columns], scratch), shape, parts
+
+
+def weight_side_bwd(dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """dv (R, D) and dt (R, R) of `reference.weight_side_bwd`, whose E and F are two sums over the rows.
+
+    dv = -(t E + tᵀ k F) + t c tᵀ v, of which the sums of the kernels are all but the last term: t E = (p tᵀ)ᵀ dx, and
+    tᵀ k F = (q n)ᵀ x for n = kᵀ t. Two reads of x and of dx. What is of size R here is float64, which has no tf32.
+    """
+    (M, D), R = x.shape, v.shape[0]
+    _require_int_offsets("weight_side_bwd", D, R)
+    if x.numel() == 0 or R == 0:
+        return torch.zeros_like(v), torch.zeros_like(t)
+    wide_v, wide_t = v.double(), t.double()
+    k = torch.eye(R, dtype=torch.float64, device=v.device) - wide_v @ wide_v.mT @ wide_t
+    rows = Rows(M, D, R, x.dtype, x.device)
+    launches, shape, parts = _weight_side_plan(rows, dx.stride(0), x.stride(0), t.stride())
+    dv_parts, c_parts = triton_launch.empty_like(v, *shape), triton_launch.empty_like(t, parts, R, R)
+    n = (k.mT @ wide_t).to(t.dtype).contiguous()
+    launches(dt_parts=c_parts, dv_parts=dv_parts, dy=dx, x=x, v=v.contiguous(), t=t, n=n)
+    c = c_parts.sum(0, dtype=torch.float64)
+    dv = dv_parts.sum(0) + (wide_t @ c @ wide_t.mT @ wide_v).to(v.dtype)
+    return dv, (-k @ c.mT).to(t.dtype)

@@ -54,11 +54,10 @@ class Compared:
         self.call = triton_launch.Launches.__call__
 
     def __call__(self, launches, **tensors) -> None:
-        self.call(launches, **tensors)
-        self.call(launches, **tensors)  # a plan made for other dtypes or addresses is made anew
-        through_jit = kept(lambda: launches._through_jit(tensors))
+        self.call(launches, **tensors)  # by the JIT, unless it was made before
         assert launches._direct is not None
         direct = kept(lambda: self.call(launches, **tensors))
+        through_jit = kept(lambda: launches._through_jit(tensors))
         found = placed(direct, through_jit)
         given = {tensor.data_ptr(): tensor for tensor in tensors.values()}
         scratch = sorted((address, one) for address, one in found.items() if address not in given)
