@@ -125,6 +125,22 @@ def test_nothing_outside_is_read_or_written(shape, dtype, guarded):
     assert not guarded()
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(33, 70, 1), (200, 131, 8), slow((70, 40, 19)), slow((9, 40, 33))], ids=str)
+def test_weight_side(shape, dtype, guarded, monkeypatch):
+    """Two programs for all rows, nothing outside read or written; dv and dt of x and dx as they are, in 16 bits too."""
+    monkeypatch.setattr(tuning, "ROW_PROGRAMS", 2)
+    x, dx, *_ = reflect_inputs(*shape, dtype)
+    v, t = reference.wy_factor(seeded_u(*shape[1:], "scales"))
+    tensors = (dx, x, v, t)
+    exact = reference.weight_side_bwd(*(tensor.double() for tensor in tensors))
+    naive = reference.weight_side_bwd(*(tensor.to(dtype).float() for tensor in tensors))
+    got = TRITON.weight_side_bwd(in_poison(dx, 3), in_poison(x), v, in_poison(t))
+    pairs = (dict(zip(("dv", "dt"), found, strict=True)) for found in (got, naive, exact))
+    assert_accurate(*pairs, dtype, shape[2])
+    assert not guarded()
+
+
 @pytest.mark.parametrize("apply_gs", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 7), (131, 3), (70, 18)], ids=str)
 def test_factor_stays_inside(shape, apply_gs, guarded):
