@@ -54,7 +54,7 @@ def triton_without_launches() -> Iterator[Counter]:
         from triton.runtime import driver
     except ImportError as error:
         raise providers.Unavailable(f"Triton is not installed: {error}") from error
-    from hra_kernels.backends import triton
+    from hra_kernels.backends import triton, triton_launch
 
     hopper = mock.Mock(spec=["is_active", "get_current_target", "get_current_device", "get_current_stream"])
     hopper.is_active.return_value = True
@@ -70,11 +70,13 @@ def triton_without_launches() -> Iterator[Counter]:
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         driver.set_active(hopper)
+        triton_launch.forget_plans()
         try:
             with use_backend("triton"):
                 yield launches
         finally:
             driver._active = before
+            triton_launch.forget_plans()
             backends._chosen.cache_clear()
 
 

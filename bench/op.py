@@ -1,8 +1,8 @@
 """Level `op`: the operators alone, on every backend that runs here, against a copy of x.
 
 The floor is `x.clone()`. A forward reads x and writes y, exactly a copy's traffic; a backward reads x and dy and writes
-dx, one and a half times as much. `of_bound` is that bound over the time. The factor depends on u alone and has no such
-bound: its ratio says how much it adds.
+dx, one and a half times as much; the weight side's reads x and dx and writes nothing of their size. `of_bound` is that
+bound over the time. The factor depends on u alone and has no such bound: its ratio says how much it adds.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from hra_kernels.measuring import stopwatch
 from hra_kernels.testing import cases, tolerance
 
 FLOOR = "copy"
-TRAFFIC = {"reflect_fwd": 1.0, "reflect_dx": 1.0, "reflect_bwd": 1.5}
+TRAFFIC = {"reflect_fwd": 1.0, "reflect_dx": 1.0, "reflect_bwd": 1.5, "weight_side_bwd": 1.0}
 """Bytes each operator must move over those of a copy of x."""
 
 
@@ -49,19 +49,31 @@ class Inputs:
 
 
 class Check:
-    """The project's accuracy rule on the backend in force, for y, dx and du; the exact answer is computed once."""
+    """The project's accuracy rule on the backend in force; the exact answers are computed once.
+
+    For y, dx and du of a chain, and for dv and dt of the weight side.
+    """
 
     def __init__(self, inputs: Inputs, case: cases.Case) -> None:
         self.inputs, self.case = inputs, case
         x, u, dy = inputs.x, inputs.u, inputs.dy
         self.exact, self.naive = (cases.explicit(x, u, dy, case, kind) for kind in (torch.float64, x.dtype))
+        tensors = dy, x, inputs.v, inputs.t
+        self.exact |= self._weight_side(reference, *(tensor.double() for tensor in tensors))
+        rounded = (tensor.to(x.dtype) for tensor in tensors)
+        self.naive |= self._weight_side(reference, *(tensor.to(inputs.v.dtype) for tensor in rounded))
+
+    @staticmethod
+    def _weight_side(functions: object, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(("dv", "dt"), functions.weight_side_bwd(*tensors), strict=True))
 
     def __call__(self) -> tuple[dict[str, float], str | None]:
         """({tensor: relative Frobenius error}, None or what is wrong)."""
         x, u = (tensor.detach().requires_grad_() for tensor in (self.inputs.x, self.inputs.u))
         y = ops.reflect_chain(x, [u], [False], transpose=self.case.transpose)
         dx, du = torch.autograd.grad(y, (x, u), self.inputs.dy)
-        got = {"y": y.detach(), "dx": dx, "du": du}
+        of_weight_side = self._weight_side(torch.ops.hra, self.inputs.dy, x.detach(), self.inputs.v, self.inputs.t)
+        got = {"y": y.detach(), "dx": dx, "du": du} | of_weight_side
         relative = {name: tolerance.errors(tensor, self.exact[name])["frobenius"] for name, tensor in got.items()}
         wrong = tolerance.violations(got, self.naive, self.exact, x.dtype, self.case.R)
         return relative, "; ".join(wrong) or None
@@ -73,6 +85,7 @@ def calls(functions: object) -> dict[str, Callable[[Inputs], object]]:
         "reflect_fwd": lambda s: functions.reflect_fwd(s.x, s.v, s.t, True),
         "reflect_dx": lambda s: functions.reflect_dx(s.dy, s.v, s.t, True),
         "reflect_bwd": lambda s: functions.reflect_bwd(s.dy, s.x, s.v, s.t, s.p, True),
+        "weight_side_bwd": lambda s: functions.weight_side_bwd(s.dy, s.x, s.v, s.t),
         "wy_factor_fwd": lambda s: functions.wy_factor_fwd(s.u, False),
         "wy_factor_bwd": lambda s: functions.wy_factor_bwd(s.dv, s.dt, s.u, s.v, s.t, False),
     }

@@ -29,18 +29,35 @@ from hra_kernels.soft import Rule, Soft
 LEAST_ELEMENTS = 2**17
 """Of x. Below, what matters is the host's work, of which the weight side has more."""
 
+LEAST_SHARE_SAVED, LEAST_BYTES_SAVED = 0.1, 3 * 10**8
+"""Of what the input side moves on a GPU. The bytes are 100 us at 3 TB/s, an H100's copy: about as much as the weight
+side's additional launches take, one reflection and some 20 of size R x D and R x R. By count, not measured on a GPU."""
+
 
 def pays(x: Tensor, w: Tensor, us: Sequence[Tensor]) -> bool:
     """Whether the weight side of x (..., D) and W (N, D) trains faster: the one place that decides.
 
     Bytes alone say from M = 4/3 N. Measured on a CPU, forward and backward: neither at M = N, the weight side from 2 N
-    in float32 and from 3 N in bfloat16, which has the same arithmetic for half the bytes. On a GPU never, as long as
-    Triton has no kernel for `weight_side_bwd`.
+    in float32 and from 3 N in bfloat16, which has the same arithmetic for half the bytes. On a GPU the bytes decide
+    that Triton's kernels move. Other backends have no kernel for `weight_side_bwd`.
     """
-    rows_per_output = 2 if x.element_size() > 2 else 3
-    if x.numel() < max(LEAST_ELEMENTS, rows_per_output * w.numel()):
+    if x.numel() < max(LEAST_ELEMENTS, 2 * w.numel()):  # neither rule below holds, and most layers end here
         return False
-    return choose(x.device, x.dtype, sum(u.shape[1] for u in us), w.shape[1]).name == "cpu"
+    backend = choose(x.device, x.dtype, sum(u.shape[1] for u in us), w.shape[1]).name
+    if backend == "cpu":
+        return x.numel() >= (2 if x.element_size() > 2 else 3) * w.numel()
+    return backend == "triton" and _saves_bytes(x, w)
+
+
+def _saves_bytes(x: Tensor, w: Tensor) -> bool:
+    """Whether Triton's kernels move so many bytes less on the weight side, each of them at the speed of a copy.
+
+    Input side: 2 M D forward; backward reads dy twice and x, and writes dx. Weight side: two reflections of W, and two
+    reads of x and dx. What the caches save of the second reads is left out on both sides.
+    """
+    input_side = 6 * x.numel()
+    saved = input_side - 4 * (w.numel() + x.numel())
+    return saved >= LEAST_SHARE_SAVED * input_side and saved * x.element_size() >= LEAST_BYTES_SAVED
 
 
 def serves(x: Tensor, w: Tensor, us: Sequence[Tensor], rules: Sequence[Rule]) -> bool:

@@ -34,7 +34,7 @@ from bench.gpu.stages import ROOT, TO_BE_CONTINUED
 from hra_kernels import reference
 from hra_kernels.backends import cuda as cuda_backend
 from hra_kernels.backends import triton as triton_backend
-from hra_kernels.backends import tuning
+from hra_kernels.backends import triton_launch, tuning
 from hra_kernels.measuring import stopwatch
 from hra_kernels.testing import cases, tolerance
 
@@ -86,10 +86,12 @@ def only_line(table: dict, key: tuple, line: tuple) -> Iterator[None]:
     """`table[key]` is one line inside the `with` block."""
     present = table[key]
     table[key] = [line]
+    triton_launch.forget_plans()
     try:
         yield
     finally:
         table[key] = present
+        triton_launch.forget_plans()
 
 
 class Bench:

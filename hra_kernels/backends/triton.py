@@ -18,7 +18,6 @@ from torch import Tensor
 
 from hra_kernels.backends import triton_factor, triton_launch, triton_reflect
 from hra_kernels.backends.base import Backend
-from hra_kernels.backends.triton_launch import cdiv
 
 OLDEST_TRITON = (3, 4)
 """What the extra `triton` asks for; older ones come with PyTorch 2.6 and 2.7."""
@@ -95,13 +94,7 @@ class TritonBackend(Backend):
         self, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Two runs agree bit for bit."""
-        triton_reflect.require_int_offsets("reflect_bwd", v)
-        dx = triton_launch.empty(x.shape, dy.dtype, dy.device)
-        if dy.numel() == 0 or v.numel() == 0:
-            return dx.copy_(dy), torch.zeros_like(v), torch.zeros_like(t)
-        with torch.cuda.device_of(x):
-            parts = triton_reflect.bwd_parts(dx, dy, x, v.contiguous(), t, p.contiguous(), transpose)
-            return dx, *triton_reflect.sums(*parts)
+        return triton_reflect.reflect_bwd(dy, x, v, t, p, transpose)
 
     def chain_bwd(
         self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, apply_gs: bool
@@ -109,22 +102,11 @@ class TritonBackend(Backend):
         """Three launches up to 32 columns."""
         if apply_gs or v.shape[0] > triton_reflect.FUSED_BACKWARD_RANK or dy.numel() == 0 or v.numel() == 0:
             return super().chain_bwd(dy, x, u, v, t, p, transpose, apply_gs)
-        triton_reflect.require_int_offsets("chain_bwd", v)
-        D, R = u.shape
-        dx, du = triton_launch.empty(x.shape, dy.dtype, dy.device), triton_launch.empty((D, R), u.dtype, u.device)
-        w = triton_launch.empty((R + 2, R), torch.float64, u.device)
-        ds, scale, phi = w[:R], w[R], w[R + 1]
-        v, t, p = v.contiguous(), t.contiguous(), p.contiguous()
-        with torch.cuda.device_of(x):
-            dv_parts, _ = triton_reflect.bwd_parts(
-                dx, dy, x, v, t, p, transpose, triton_reflect.Chain(u, ds, scale, phi)
-            )
-            triton_launch.factor_kernels().factor_bwd_kernel[(cdiv(D, 128), cdiv(R, 16), 1)](
-                du_ptr=du, dv_ptr=dv_parts, v_ptr=v, w_ptr=ds, inverse_ptr=ds, scale_ptr=scale, phi_ptr=phi,
-                D=D, R=R, dv_parts_count=len(dv_parts), BLOCK_P=8, BLOCK_D=128, APPLY_GS=False, num_warps=4,
-                num_stages=1,
-            )  # fmt: skip
-        return dx, du
+        return triton_reflect.chain_bwd(dy, x, u, v, t, p, transpose)
+
+    def weight_side_bwd(self, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Two reads of x and dx; two runs agree bit for bit."""
+        return triton_reflect.weight_side_bwd(dx, x, v, t)
 
 
 BACKEND = TritonBackend()

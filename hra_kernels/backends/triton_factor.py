@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from hra_kernels.backends import triton_launch, tuning
-from hra_kernels.backends.triton_launch import cdiv, power_of_two_above
+from hra_kernels.backends.triton_launch import Launch, cdiv, power_of_two_above
 
 
 def _scale_rows(u: Tensor, pairs: bool, v: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,6 +77,17 @@ def factor(u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
     return v, t
 
 
+def du_launch(D: int, R: int, dv_parts_count: int, apply_gs: bool) -> Launch:
+    """The last of the factor's backward, which adds up dv first where it comes in parts."""
+    names = ("du", "dv", "v", "w", "inverse", "scale", "phi")
+    arguments = {
+        "D": D, "R": R, "dv_parts_count": dv_parts_count, "BLOCK_P": 8, "BLOCK_D": 128, "APPLY_GS": apply_gs,
+        "num_warps": 4, "num_stages": 1,
+    }  # fmt: skip
+    kernel = triton_launch.factor_kernels().factor_bwd_kernel
+    return Launch(kernel, (cdiv(D, 128), cdiv(R, 16), 1), {f"{name}_ptr": name for name in names}, arguments)
+
+
 def factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool) -> Tensor:
     """du (D, R)."""
     D, R = u.shape
@@ -103,8 +114,8 @@ def factor_bwd(dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs
                 n_ptr=w, inverse_ptr=inverse, k_ptr=k, R=R, num_splits=k.shape[1],
                 BLOCK_R=block_r, BLOCK_C=16, BLOCK_S=tuning.gram_splits(R), num_warps=4, num_stages=1,
             )  # fmt: skip
-        kernels.factor_bwd_kernel[(cdiv(D, 128), cdiv(R, 16), 1)](
-            du_ptr=du, dv_ptr=dv, v_ptr=v, w_ptr=w, inverse_ptr=inverse, scale_ptr=scale, phi_ptr=phi, D=D, R=R,
-            dv_parts_count=1, BLOCK_P=8, BLOCK_D=128, APPLY_GS=apply_gs, num_warps=4, num_stages=1,
-        )  # fmt: skip
+        kernel, grid, _, arguments = du_launch(D, R, 1, apply_gs)
+        kernel[grid](
+            du_ptr=du, dv_ptr=dv, v_ptr=v, w_ptr=w, inverse_ptr=inverse, scale_ptr=scale, phi_ptr=phi, **arguments
+        )
     return du

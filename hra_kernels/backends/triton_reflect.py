@@ -6,13 +6,22 @@ nothing.
 """
 
 import functools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hra_kernels.backends import triton_launch, tuning
-from hra_kernels.backends.triton_launch import cdiv, float32_precision, num_warps, power_of_two_above
+from hra_kernels.backends import triton_factor, triton_launch, tuning
+from hra_kernels.backends.triton_launch import (
+    Launch,
+    Launches,
+    cdiv,
+    float32_precision,
+    num_warps,
+    on,
+    planned,
+    power_of_two_above,
+)
 
 FUSED_RANK = 64
 """Up to here p and m of a row block fit on the chip. More columns go 64 at a time through kernels of their own."""
@@ -21,9 +30,19 @@ FUSED_BACKWARD_RANK = 32
 """Up to here q, p, m and dt do. More columns spill registers: the products of size R are kernels of their own."""
 
 
-def _mode(x: Tensor, R: int) -> dict[str, object]:
+class Rows(NamedTuple):
+    """What a launch follows from: rows of a tensor, the columns of its chain, and where."""
+
+    M: int
+    D: int
+    R: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _mode(dtype: torch.dtype, R: int) -> dict[str, object]:
     """The constants every kernel of `triton_kernels` takes, explained there."""
-    split = 0 if x.dtype == torch.float32 else 1 if R <= 8 else 2
+    split = 0 if dtype == torch.float32 else 1 if R <= 8 else 2
     block_r = power_of_two_above(R, 16) if R <= FUSED_RANK else FUSED_RANK
     return {"BLOCK_R": block_r, "SPLIT": split, "PRECISION": float32_precision()}
 
@@ -33,59 +52,89 @@ def v_scale(dtype: torch.dtype) -> float:
     return 256.0 if dtype == torch.float16 else 1.0
 
 
-def require_int_offsets(op: str, v: Tensor) -> None:
-    if v.numel() >= 2**31:
-        raise ValueError(f"{op}: v must have fewer than 2^31 elements, got {v.shape[0]} x {v.shape[1]}")
+def _require_int_offsets(op: str, D: int, R: int) -> None:
+    if D * R >= 2**31:
+        raise ValueError(f"{op}: v must have fewer than 2^31 elements, got {R} x {D}")
 
 
-def _m_strides(t: Tensor, transpose: bool) -> dict[str, int]:
-    i, j = (1, 0) if transpose else (0, 1)
-    return {"stride_mi": t.stride(i), "stride_mj": t.stride(j)}
+def _m_strides(t_strides: tuple[int, int], transpose: bool) -> dict[str, int]:
+    stride_i, stride_j = reversed(t_strides) if transpose else t_strides
+    return {"stride_mi": stride_i, "stride_mj": stride_j}
 
 
-def _config(name: str, x: Tensor, R: int) -> tuning.LaunchConfig:
-    return tuning.select_config(name, x.element_size(), R, *x.shape)
+def _config(name: str, rows: Rows) -> tuning.LaunchConfig:
+    with on(rows.device):
+        return tuning.select_config(name, rows.dtype.itemsize, rows.R, rows.M, rows.D)
 
 
-def _launch(kernel, config: tuning.LaunchConfig, grid: tuple[int, ...], mode: dict, **arguments) -> None:
-    kernel[grid](
-        **arguments, **mode, BLOCK_M=config.block_m, BLOCK_D=config.block_d,
-        num_warps=num_warps(config), num_stages=config.num_stages,
-    )  # fmt: skip
+def _launch(
+    name: str, config: tuning.LaunchConfig, grid: tuple[int, ...], rows: Rows, tensors: dict[str, str], **arguments
+) -> Launch:
+    sizes = {"M": rows.M, "D": rows.D, "R": rows.R}
+    options = {"num_warps": num_warps(config), "num_stages": config.num_stages}
+    tiles = {"BLOCK_M": config.block_m, "BLOCK_D": config.block_d} | options
+    kernel = getattr(triton_launch.kernels(), name)
+    return Launch(kernel, grid, tensors, sizes | arguments | _mode(rows.dtype, rows.R) | tiles)
 
 
-def _product(c: Tensor, a: Tensor, b: Tensor, splits: int, alpha: float, strides: tuple[int, int]) -> None:
+# --- more columns than a tile holds -----------------------------------------------------------------------------------
+
+
+class Matrix(NamedTuple):
+    """A factor of a small product: the tensor's name, its sizes and strides."""
+
+    name: str
+    rows: int
+    cols: int
+    strides: tuple[int, int]
+
+    @property
+    def mT(self) -> "Matrix":
+        return Matrix(self.name, self.cols, self.rows, (self.strides[1], self.strides[0]))
+
+
+def _product(
+    c: str, a: Matrix, b: Matrix, splits: int = 1, alpha: float = 1.0, strides: tuple[int, int] | None = None
+) -> Launch:
     """c (splits, rows, cols) = alpha a b, the inner axis in `splits` parts; `strides` of c's last two axes."""
-    (rows, inner), cols = a.shape, b.shape[1]
-    block = tuning.PRODUCT_CONFIG.block_m
-    block_k = tuning.PRODUCT_CONFIG.block_d
-    triton_launch.kernels().product_kernel[(cdiv(cols, block) * cdiv(rows, block), splits)](
-        c_ptr=c, a_ptr=a, b_ptr=b, rows=rows, cols=cols, inner=inner,
-        inner_per_split=cdiv(cdiv(inner, splits), block_k) * block_k,
-        stride_ci=strides[0], stride_cj=strides[1], stride_ai=a.stride(0), stride_ak=a.stride(1),
-        stride_bk=b.stride(0), stride_bj=b.stride(1), alpha=alpha,
-        BLOCK_I=block, BLOCK_J=block, BLOCK_K=block_k, PRECISION=float32_precision(),
-        num_warps=num_warps(tuning.PRODUCT_CONFIG), num_stages=tuning.PRODUCT_CONFIG.num_stages,
-    )  # fmt: skip
+    config = tuning.PRODUCT_CONFIG
+    block, block_k = config.block_m, config.block_d
+    stride_ci, stride_cj = strides or (b.cols, 1)
+    arguments = {
+        "rows": a.rows, "cols": b.cols, "inner": a.cols,
+        "inner_per_split": cdiv(cdiv(a.cols, splits), block_k) * block_k,
+        "stride_ci": stride_ci, "stride_cj": stride_cj, "stride_ai": a.strides[0], "stride_ak": a.strides[1],
+        "stride_bk": b.strides[0], "stride_bj": b.strides[1], "alpha": alpha,
+        "BLOCK_I": block, "BLOCK_J": block, "BLOCK_K": block_k, "PRECISION": float32_precision(),
+        "num_warps": num_warps(config), "num_stages": config.num_stages,
+    }  # fmt: skip
+    grid = (cdiv(b.cols, block) * cdiv(a.rows, block), splits)
+    tensors = {"c_ptr": c, "a_ptr": a.name, "b_ptr": b.name}
+    return Launch(triton_launch.kernels().product_kernel, grid, tensors, arguments)
 
 
-def _project(p: Tensor, x: Tensor, v: Tensor, mode: dict) -> None:
-    M, D = x.shape
-    R = v.shape[0]
-    config = _config("project", x, R)
-    _launch(
-        triton_launch.kernels().project_kernel, config, (cdiv(R, mode["BLOCK_R"]) * cdiv(M, config.block_m),), mode,
-        p_ptr=p, x_ptr=x, v_ptr=v, M=M, D=D, R=R, stride_xm=x.stride(0), V_SCALE=v_scale(x.dtype),
-    )  # fmt: skip
+def _project(p: str, x: str, rows: Rows, stride_xm: int) -> Launch:
+    """p = x vᵀ"""
+    config = _config("project", rows)
+    grid = (cdiv(rows.R, FUSED_RANK) * cdiv(rows.M, config.block_m),)
+    tensors = {"p_ptr": p, "x_ptr": x, "v_ptr": "v"}
+    return _launch("project_kernel", config, grid, rows, tensors, stride_xm=stride_xm, V_SCALE=v_scale(rows.dtype))
 
 
-def _combine(y: Tensor, x: Tensor, s: Tensor, v: Tensor, mode: dict) -> None:
-    M, D = x.shape
-    config = _config("combine", x, v.shape[0])
-    _launch(
-        triton_launch.kernels().combine_kernel, config, (cdiv(D, config.block_d) * cdiv(M, config.block_m),), mode,
-        y_ptr=y, x_ptr=x, s_ptr=s, v_ptr=v, M=M, D=D, R=v.shape[0], stride_ym=y.stride(0), stride_xm=x.stride(0),
-    )  # fmt: skip
+def _combine(y: str, x: str, s: str, rows: Rows, stride_xm: int) -> Launch:
+    """y = x - s v"""
+    config = _config("combine", rows)
+    grid = (cdiv(rows.D, config.block_d) * cdiv(rows.M, config.block_m),)
+    tensors = {"y_ptr": y, "x_ptr": x, "s_ptr": s, "v_ptr": "v"}
+    return _launch("combine_kernel", config, grid, rows, tensors, stride_ym=rows.D, stride_xm=stride_xm)
+
+
+def _m(rows: Rows, t_strides: tuple[int, int], transpose: bool) -> Matrix:
+    t = Matrix("t", rows.R, rows.R, t_strides)
+    return t.mT if transpose else t
+
+
+# --- forward and dx ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -97,133 +146,262 @@ def _chip(device: torch.device) -> tuple[int, int] | None:
     return properties.multi_processor_count, properties.L2_cache_size
 
 
-def _most_row_blocks(x: Tensor, block_m: int) -> int:
+def _most_row_blocks(rows: Rows, block_m: int) -> int:
     """Row blocks of x that may be in flight for their second sweep to find them in L2, and no processor idle."""
-    chip = _chip(x.device)
+    chip = _chip(rows.device)
     if chip is None:
-        return x.shape[0]
+        return rows.M
     processors, cache = chip
-    return processors * max(1, int(tuning.L2_SHARE * cache) // (processors * block_m * x.shape[1] * x.element_size()))
+    return processors * max(1, int(tuning.L2_SHARE * cache) // (processors * block_m * rows.D * rows.dtype.itemsize))
+
+
+@planned
+def _reflect_plan(rows: Rows, stride_xm: int, t_strides: tuple[int, int], transpose: bool, need_p: bool) -> Launches:
+    """Of y, p if needed, x, v and t."""
+    M, _, R, _, device = rows
+    if R > FUSED_RANK:
+        p, m = Matrix("p", M, R, (R, 1)), _m(rows, t_strides, transpose)
+        launches = [
+            _project("p", "x", rows, stride_xm),
+            _product("s", p, m),
+            _combine("y", "x", "s", rows, stride_xm),
+        ]
+        names = ("s",) if need_p else ("s", "p")
+        return Launches(device, launches, {name: ((M, R), torch.float32) for name in names})
+    config = _config("reflect", rows)
+    programs = min(cdiv(M, config.block_m), _most_row_blocks(rows, config.block_m))
+    tensors = {"y_ptr": "y", "p_ptr": "p" if need_p else "y", "x_ptr": "x", "v_ptr": "v", "m_ptr": "t"}
+    launch = _launch(
+        "reflect_kernel", config, (programs,), rows, tensors,
+        stride_ym=rows.D, stride_xm=stride_xm, **_m_strides(t_strides, transpose),
+        V_SCALE=v_scale(rows.dtype), NEED_P=need_p, STAGES=config.num_stages,
+    )  # fmt: skip
+    return Launches(device, [launch], {})
 
 
 def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> tuple[Tensor, Tensor | None]:
+    """y (M, D), and p (M, R) if needed, of `Backend.reflect_fwd`."""
     (M, D), R = x.shape, v.shape[0]
-    require_int_offsets("reflect_fwd" if need_p else "reflect_dx", v)
-    y = triton_launch.empty((M, D), x.dtype, x.device)
-    p = triton_launch.empty((M, R), torch.float32, x.device) if need_p or R > FUSED_RANK else None
+    _require_int_offsets("reflect_fwd" if need_p else "reflect_dx", D, R)
+    y = triton_launch.empty_like(x, M, D)
+    p = triton_launch.empty_like(v, M, R) if need_p else None
     if M == 0 or D == 0 or R == 0:
-        return y.copy_(x), p.zero_() if p is not None else None
-    v = v.contiguous()
-    mode = _mode(x, R)
-    with torch.cuda.device_of(x):
-        if R <= FUSED_RANK:
-            config = _config("reflect", x, R)
-            programs = min(cdiv(M, config.block_m), _most_row_blocks(x, config.block_m))
-            _launch(
-                triton_launch.kernels().reflect_kernel, config, (programs,), mode,
-                y_ptr=y, p_ptr=p if need_p else y, x_ptr=x, v_ptr=v, m_ptr=t, M=M, D=D, R=R,
-                stride_ym=y.stride(0), stride_xm=x.stride(0), **_m_strides(t, transpose),
-                V_SCALE=v_scale(x.dtype), NEED_P=need_p, STAGES=config.num_stages,
-            )  # fmt: skip
-        else:
-            s = triton_launch.empty((M, R), torch.float32, x.device)
-            _project(p, x, v, mode)
-            _product(s[None], p, t.mT if transpose else t, 1, 1.0, (R, 1))
-            _combine(y, x, s, v, mode)
+        return y.copy_(x), p.zero_() if need_p else None
+    launches = _reflect_plan(Rows(M, D, R, x.dtype, x.device), x.stride(0), t.stride(), transpose, need_p)
+    if need_p:
+        launches(y=y, p=p, x=x, v=v.contiguous(), t=t)
+    else:
+        launches(y=y, x=x, v=v.contiguous(), t=t)
     return y, p
 
 
-def _column_splits(M: int, D: int, R: int, block_m: int, block_d: int) -> tuple[int, int]:
-    """(rows a split, splits) for `backward_columns_kernel`, of which dv's partial sums are one a split."""
-    strips = cdiv(D, block_d)
-    blocks = cdiv(M, block_m)
-    rows = cdiv(blocks, max(1, min(blocks, tuning.COLUMN_PROGRAMS // strips))) * block_m
-    return rows, cdiv(M, rows)
+# --- backward ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Chain:
-    """What the columns' kernel computes beside dx and dv, for the gradient of u (D, R)."""
-
-    u: Tensor
-    ds: Tensor
-    scale: Tensor
-    phi: Tensor
-
-
-def _rows_bwd(dy: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, mode: dict) -> tuple[Tensor, ...]:
-    """q mᵀ and p m (M, R) for q = dy vᵀ, and dt (parts, R, R)."""
-    (M, D), R = dy.shape, v.shape[0]
-    qm = triton_launch.empty((M, R), torch.float32, dy.device)
-    s = triton_launch.empty((M, R), torch.float32, dy.device)
-    t_strides = (1, R) if transpose else (R, 1)
+def _rows_bwd(
+    rows: Rows, stride_dym: int, t_strides: tuple[int, int], transpose: bool
+) -> tuple[list[Launch], dict[str, tuple]]:
+    """q mᵀ and s = p m (M, R) for q = dy vᵀ, and dt (parts, R, R), from dy, v, t and p; and their scratch."""
+    M, _, R, dtype, _ = rows
+    scratch = {name: ((M, R), torch.float32) for name in ("qm", "s")}
+    stride_ti, stride_tj = (1, R) if transpose else (R, 1)
     if R <= FUSED_BACKWARD_RANK:
-        config = _config("backward_rows", dy, R)
-        dt_parts = triton_launch.empty(
-            (min(cdiv(M, config.block_m), tuning.ROW_PROGRAMS), R, R), torch.float32, dy.device
-        )
-        _launch(
-            triton_launch.kernels().backward_rows_kernel, config, (dt_parts.shape[0],), mode,
-            qm_ptr=qm, s_ptr=s, dt_ptr=dt_parts, dy_ptr=dy, v_ptr=v, p_ptr=p, m_ptr=t, M=M, D=D, R=R,
-            stride_dym=dy.stride(0), **_m_strides(t, transpose), stride_ti=t_strides[0], stride_tj=t_strides[1],
-            V_SCALE=v_scale(dy.dtype),
-        )  # fmt: skip
+        config = _config("backward_rows", rows)
+        parts = min(cdiv(M, config.block_m), tuning.ROW_PROGRAMS)
+        tensors = {
+            "qm_ptr": "qm", "s_ptr": "s", "dt_ptr": "dt_parts", "dy_ptr": "dy", "v_ptr": "v", "p_ptr": "p",
+            "m_ptr": "t",
+        }  # fmt: skip
+        launches = [_launch(
+            "backward_rows_kernel", config, (parts,), rows, tensors,
+            stride_dym=stride_dym, **_m_strides(t_strides, transpose), stride_ti=stride_ti, stride_tj=stride_tj,
+            V_SCALE=v_scale(dtype),
+        )]  # fmt: skip
     else:
-        dt_parts = triton_launch.empty((min(cdiv(M, 512), 64), R, R), torch.float32, dy.device)
-        q = triton_launch.empty((M, R), torch.float32, dy.device)
-        m = t.mT if transpose else t
-        _project(q, dy, v, mode)
-        _product(qm[None], q, m.mT, 1, 1.0, (R, 1))
-        _product(s[None], p, m, 1, 1.0, (R, 1))
-        _product(dt_parts, p.mT, q, dt_parts.shape[0], -1.0, t_strides)
-    return qm, s, dt_parts
+        parts = min(cdiv(M, 512), 64)
+        scratch["q"] = ((M, R), torch.float32)
+        m, p, q = _m(rows, t_strides, transpose), Matrix("p", M, R, (R, 1)), Matrix("q", M, R, (R, 1))
+        launches = [
+            _project("q", "dy", rows, stride_dym),
+            _product("qm", q, m.mT),
+            _product("s", p, m),
+            _product("dt_parts", p.mT, q, parts, -1.0, (stride_ti, stride_tj)),
+        ]
+    return launches, scratch | {"dt_parts": ((parts, R, R), torch.float32)}
+
+
+def _column_splits(rows: Rows, block_m: int, block_d: int) -> tuple[int, int]:
+    """(rows a split, splits) for `backward_columns_kernel`, of which dv's partial sums are one a split."""
+    strips = cdiv(rows.D, block_d)
+    blocks = cdiv(rows.M, block_m)
+    per_split = cdiv(blocks, max(1, min(blocks, tuning.COLUMN_PROGRAMS // strips))) * block_m
+    return per_split, cdiv(rows.M, per_split)
 
 
 def _columns_bwd(
-    dx: Tensor | None, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, qm: Tensor, s: Tensor, dt_parts: Tensor,
-    chain: Chain | None, mode: dict,
-) -> Tensor:  # fmt: skip
-    """dv (parts, R, D); fills dx if given, and the chain's tensors."""
-    (M, D), R = x.shape, v.shape[0]
-    config = _config("backward_columns" if R <= FUSED_RANK else "backward_dv", x, R)
-    rows_per_split, splits = _column_splits(M, D, R, config.block_m, config.block_d)
-    dv_parts = triton_launch.empty((splits, R, D), torch.float32, x.device)
-    strips = cdiv(D, config.block_d)
-    ds, scale, phi, u = (chain.ds, chain.scale, chain.phi, chain.u) if chain else (qm, qm, qm, qm)
-    _launch(
-        triton_launch.kernels().backward_columns_kernel, config,
-        (splits, strips + (chain is not None), cdiv(R, mode["BLOCK_R"])), mode,
-        dx_ptr=x if dx is None else dx, dv_ptr=dv_parts, dy_ptr=dy, x_ptr=x, v_ptr=v, qm_ptr=qm, s_ptr=s,
-        ds_ptr=ds, scale_ptr=scale, phi_ptr=phi, u_ptr=u, t_ptr=t, dt_parts_ptr=dt_parts,
-        M=M, D=D, R=R, rows_per_split=rows_per_split, stride_dxm=D, stride_dym=dy.stride(0), stride_xm=x.stride(0),
-        stride_ud=u.stride(0), stride_ur=u.stride(1), dt_parts_count=dt_parts.shape[0],
-        NEED_DX=dx is not None, STAGES=config.num_stages, CHAIN=chain is not None,
+    rows: Rows, stride_dym: int, stride_xm: int, u_strides: tuple[int, int] | None, dt_parts_count: int,
+    need_dx: bool,
+) -> tuple[Launch, tuple[int, int, int]]:  # fmt: skip
+    """dx if needed, and dv = -(sᵀ dy + qmᵀ x) (parts, R, D), whose shape comes back too.
+
+    With u_strides: ds, scale and phi for the gradient of u too, of the chain's plan.
+    """
+    D, R = rows.D, rows.R
+    config = _config("backward_columns" if R <= FUSED_RANK else "backward_dv", rows)
+    rows_per_split, splits = _column_splits(rows, config.block_m, config.block_d)
+    chain = u_strides is not None
+    tensors = {
+        "dx_ptr": "dx" if need_dx else "x", "dv_ptr": "dv_parts", "dy_ptr": "dy", "x_ptr": "x", "v_ptr": "v",
+        "qm_ptr": "qm", "s_ptr": "s",
+    }  # fmt: skip
+    of_chain = {"ds_ptr": "ds", "scale_ptr": "scale", "phi_ptr": "phi", "u_ptr": "u"}
+    tensors |= of_chain if chain else dict.fromkeys(of_chain, "qm")
+    stride_ud, stride_ur = u_strides or (R, 1)
+    launch = _launch(
+        "backward_columns_kernel", config,
+        (splits, cdiv(D, config.block_d) + chain, cdiv(R, _mode(rows.dtype, R)["BLOCK_R"])), rows,
+        tensors | {"t_ptr": "t", "dt_parts_ptr": "dt_parts"},
+        rows_per_split=rows_per_split, stride_dxm=D, stride_dym=stride_dym, stride_xm=stride_xm,
+        stride_ud=stride_ud, stride_ur=stride_ur, dt_parts_count=dt_parts_count,
+        NEED_DX=need_dx, STAGES=config.num_stages, CHAIN=chain,
         BLOCK_P=tuning.SCALE_PAIRS, SCALE_BLOCK_D=tuning.SCALE_BLOCK_D,
     )  # fmt: skip
-    return dv_parts
+    return launch, (splits, R, D)
 
 
-def bwd_parts(
-    dx: Tensor, dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, chain: Chain | None = None
+def _bwd_parts(
+    rows: Rows, stride_dym: int, stride_xm: int, t_strides: tuple[int, int], u_strides: tuple[int, int] | None,
+    transpose: bool,
+) -> tuple[list[Launch], dict[str, tuple]]:  # fmt: skip
+    """dx, and dv and dt in parts, which are in the scratch."""
+    launches, scratch = _rows_bwd(rows, stride_dym, t_strides, transpose)
+    if rows.R > FUSED_RANK:
+        launches.append(_combine("dx", "dy", "qm", rows, stride_dym))
+    parts = scratch["dt_parts"][0][0]
+    columns, shape = _columns_bwd(rows, stride_dym, stride_xm, u_strides, parts, need_dx=rows.R <= FUSED_RANK)
+    return [*launches, columns], scratch | {"dv_parts": (shape, torch.float32)}
+
+
+@planned
+def _bwd_plan(rows: Rows, stride_dym: int, stride_xm: int, t_strides: tuple[int, int], transpose: bool) -> Launches:
+    """Of dx, dv, dt, dy, x, v, t and p."""
+    launches, scratch = _bwd_parts(rows, stride_dym, stride_xm, t_strides, None, transpose)
+    counts = {name: scratch[f"{name}_parts"][0][0] for name in ("dv", "dt")}
+    sizes = {"dv": rows.R * rows.D, "dt": rows.R**2}
+    for name, count in counts.items():
+        if count == 1:  # a single part is its own sum
+            sizes[name] = 0
+            del scratch[f"{name}_parts"]
+            launches = [_in_place(launch, f"{name}_parts", name) for launch in launches]
+    if any(sizes.values()):
+        programs = sum(cdiv(size, tuning.SUM_BLOCK) for size in sizes.values())
+        parts = {f"{name}_parts_ptr": name if count == 1 else f"{name}_parts" for name, count in counts.items()}
+        arguments = {f"{name}_size": size for name, size in sizes.items()}
+        arguments |= {f"{name}_parts_count": count for name, count in counts.items()}
+        arguments |= {"BLOCK": tuning.SUM_BLOCK, "num_warps": 4}
+        tensors = {"dv_ptr": "dv", "dt_ptr": "dt"} | parts
+        launches.append(Launch(triton_launch.kernels().sum_kernel, (programs,), tensors, arguments))
+    return Launches(rows.device, launches, scratch)
+
+
+def _in_place(launch: Launch, old: str, new: str) -> Launch:
+    return launch._replace(tensors={key: new if name == old else name for key, name in launch.tensors.items()})
+
+
+def reflect_bwd(
+    dy: Tensor, x: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx (M, D), dv (R, D) and dt (R, R) of `Backend.reflect_bwd`."""
+    (M, D), R = x.shape, v.shape[0]
+    _require_int_offsets("reflect_bwd", D, R)
+    dx = triton_launch.empty_like(dy, M, D)
+    if dy.numel() == 0 or v.numel() == 0:
+        return dx.copy_(dy), torch.zeros_like(v), torch.zeros_like(t)
+    dv, dt = triton_launch.empty_like(v, R, D), triton_launch.empty_like(t, R, R)
+    launches = _bwd_plan(Rows(M, D, R, x.dtype, x.device), dy.stride(0), x.stride(0), t.stride(), transpose)
+    launches(dx=dx, dv=dv, dt=dt, dy=dy, x=x, v=v.contiguous(), t=t, p=p.contiguous())
+    return dx, dv, dt
+
+
+@planned
+def _chain_plan(rows: Rows, u_strides: tuple[int, int], stride_dym: int, stride_xm: int, transpose: bool) -> Launches:
+    """Of dx, du, dy, x, u, v, t and p."""
+    R = rows.R
+    launches, scratch = _bwd_parts(rows, stride_dym, stride_xm, (R, 1), u_strides, transpose)
+    scratch |= {"ds": ((R, R), torch.float64), "scale": ((R,), torch.float64), "phi": ((R,), torch.float64)}
+    du = triton_factor.du_launch(rows.D, R, scratch["dv_parts"][0][0], apply_gs=False)
+    tensors = {
+        "du_ptr": "du", "dv_ptr": "dv_parts", "v_ptr": "v", "w_ptr": "ds", "inverse_ptr": "ds", "scale_ptr": "scale",
+        "phi_ptr": "phi",
+    }  # fmt: skip
+    return Launches(rows.device, [*launches, du._replace(tensors=tensors)], scratch)
+
+
+def chain_bwd(
+    dy: Tensor, x: Tensor, u: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dv (parts, R, D), dt (parts, R, R)); fills dx, and the chain's tensors."""
-    mode = _mode(x, v.shape[0])
-    qm, s, dt_parts = _rows_bwd(dy, v, t, p, transpose, mode)
-    fused = v.shape[0] <= FUSED_RANK
-    if not fused:
-        _combine(dx, dy, qm, v, mode)
-    return _columns_bwd(dx if fused else None, dy, x, v, t, qm, s, dt_parts, chain, mode), dt_parts
+    """dx (M, D) and du (D, R) of `Backend.chain_bwd`, up to `FUSED_BACKWARD_RANK` columns, of tensors with elements."""
+    (M, D), R = x.shape, v.shape[0]
+    _require_int_offsets("chain_bwd", D, R)
+    dx, du = triton_launch.empty_like(dy, M, D), triton_launch.empty_like(u, D, R)
+    launches = _chain_plan(Rows(M, D, R, x.dtype, x.device), u.stride(), dy.stride(0), x.stride(0), transpose)
+    launches(dx=dx, du=du, dy=dy, x=x, u=u, v=v.contiguous(), t=t.contiguous(), p=p.contiguous())
+    return dx, du
 
 
-def sums(dv_parts: Tensor, dt_parts: Tensor) -> tuple[Tensor, Tensor]:
-    """dv and dt of their partial sums; a single part is its own sum."""
-    dv, dt = (parts[0] if len(parts) == 1 else triton_launch.empty(parts.shape[1:], parts.dtype, parts.device)
-              for parts in (dv_parts, dt_parts))  # fmt: skip
-    dv_size = dv.numel() if len(dv_parts) > 1 else 0
-    dt_size = dt.numel() if len(dt_parts) > 1 else 0
-    if dv_size or dt_size:
-        triton_launch.kernels().sum_kernel[(cdiv(dv_size, tuning.SUM_BLOCK) + cdiv(dt_size, tuning.SUM_BLOCK),)](
-            dv_ptr=dv, dt_ptr=dt, dv_parts_ptr=dv_parts, dt_parts_ptr=dt_parts, dv_size=dv_size, dt_size=dt_size,
-            dv_parts_count=len(dv_parts), dt_parts_count=len(dt_parts), BLOCK=tuning.SUM_BLOCK, num_warps=4,
-        )  # fmt: skip
-    return dv, dt
+# --- the weight side --------------------------------------------------------------------------------------------------
+
+
+@planned
+def _weight_side_plan(
+    rows: Rows, stride_dxm: int, stride_xm: int, t_strides: tuple[int, int]
+) -> tuple[Launches, tuple[int, int, int], int]:
+    """Of c (parts, R, R), dv (parts, R, D), dx, x, v, t and n; the shape of dv, and how many parts c has."""
+    M, _, R, dtype, device = rows
+    scratch = {name: ((M, R), torch.float32) for name in ("qm", "s")}
+    if R <= FUSED_BACKWARD_RANK:
+        config = _config("backward_rows", rows)
+        parts = min(cdiv(M, config.block_m), tuning.ROW_PROGRAMS)
+        tensors = {
+            "qn_ptr": "qm", "s_ptr": "s", "c_ptr": "dt_parts", "dx_ptr": "dy", "x_ptr": "x", "v_ptr": "v", "t_ptr": "t",
+            "n_ptr": "n",
+        }  # fmt: skip
+        launches = [_launch(
+            "weight_side_rows_kernel", config, (parts,), rows, tensors, stride_dxm=stride_dxm, stride_xm=stride_xm,
+            stride_ti=t_strides[0], stride_tj=t_strides[1], V_SCALE=v_scale(dtype),
+        )]  # fmt: skip
+    else:
+        parts = min(cdiv(M, 512), 64)
+        scratch |= {name: ((M, R), torch.float32) for name in ("p", "q")}
+        p, q = Matrix("p", M, R, (R, 1)), Matrix("q", M, R, (R, 1))
+        launches = [
+            _project("p", "x", rows, stride_xm),
+            _project("q", "dy", rows, stride_dxm),
+            _product("s", p, Matrix("t", R, R, t_strides).mT),
+            _product("qm", q, Matrix("n", R, R, (R, 1))),
+            _product("dt_parts", p.mT, q, parts),
+        ]
+    columns, shape = _columns_bwd(rows, stride_dxm, stride_xm, None, parts, need_dx=False)
+    return Launches(device, [*launches, columns], scratch), shape, parts
+
+
+def weight_side_bwd(dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """dv (R, D) and dt (R, R) of `reference.weight_side_bwd`, whose E and F are two sums over the rows.
+
+    dv = -(t E + tᵀ k F) + t c tᵀ v, of which the sums of the kernels are all but the last term: t E = (p tᵀ)ᵀ dx, and
+    tᵀ k F = (q n)ᵀ x for n = kᵀ t. Two reads of x and of dx. What is of size R here is float64, which has no tf32.
+    """
+    (M, D), R = x.shape, v.shape[0]
+    _require_int_offsets("weight_side_bwd", D, R)
+    if x.numel() == 0 or R == 0:
+        return torch.zeros_like(v), torch.zeros_like(t)
+    wide_v, wide_t = v.double(), t.double()
+    k = torch.eye(R, dtype=torch.float64, device=v.device) - wide_v @ wide_v.mT @ wide_t
+    rows = Rows(M, D, R, x.dtype, x.device)
+    launches, shape, parts = _weight_side_plan(rows, dx.stride(0), x.stride(0), t.stride())
+    dv_parts, c_parts = triton_launch.empty_like(v, *shape), triton_launch.empty_like(t, parts, R, R)
+    n = (k.mT @ wide_t).to(t.dtype).contiguous()
+    launches(dt_parts=c_parts, dv_parts=dv_parts, dy=dx, x=x, v=v.contiguous(), t=t, n=n)
+    c = c_parts.sum(0, dtype=torch.float64)
+    dv = dv_parts.sum(0) + (wide_t @ c @ wide_t.mT @ wide_v).to(v.dtype)
+    return dv, (-k @ c.mT).to(t.dtype)

@@ -1,5 +1,7 @@
 """`hra_linear` on both sides against the explicit chain in float64, and when it takes the weight side."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -185,6 +187,24 @@ def test_shapes_decide(dtype, ratio):
         assert chosen(8, 512) and not chosen(8, 510)
     with ops.use_backend("reference"):
         assert not chosen(512, 512 * ratio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bytes_decide_on_a_gpu(dtype, monkeypatch):
+    """A tenth less of 6 M D elements: from M = 20/7 N on; and 100 us at 3 TB/s."""
+    chosen = SimpleNamespace(name="triton")
+    monkeypatch.setattr(weight_side, "choose", lambda *_: chosen)
+
+    def pays(rows, outputs, width=4096):
+        x, w = (torch.empty(size, width, dtype=dtype, device="meta") for size in (rows, outputs))
+        return weight_side.pays(x, w, [torch.empty(width, 8)])
+
+    rows = 20 * 4096
+    assert pays(rows, 7 * 4096) and not pays(rows - 1, 7 * 4096)
+    least = 3 * 10**8 / dtype.itemsize / 4096  # rows of 4096, of which each row of x saves two, one of W costs four
+    assert pays(int(least / 2 + 3), 1) and not pays(int(least / 2), 1)
+    chosen.name = "cuda"
+    assert not pays(rows, 7 * 4096)
 
 
 @pytest.mark.skipif(ops.backend_report()["cpu"] is not None, reason="the CPU backend is not built")

@@ -13,7 +13,7 @@ import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
-from hra_kernels.backends import tuning
+from hra_kernels.backends import triton_launch, tuning
 
 Handle = interpreter.TensorHandle
 
@@ -142,3 +142,6 @@ def coarse_tiles(request, monkeypatch):
         monkeypatch.setattr(tuning, "GRAM_BLOCK_D", 128)
         monkeypatch.setattr(tuning, "SCALE_BLOCK_D", 512)
         monkeypatch.setattr(tuning, "SCALE_PAIRS", 2)
+    triton_launch.forget_plans()
+    yield
+    triton_launch.forget_plans()

@@ -112,7 +112,9 @@ def launches_of(call: Callable[[], None], target: str = "sm_90") -> list[Launch]
         factor_kernels=lambda: _overhear(triton_factor_kernels, found),
     )
     with backend, mock.patch.object(tuning, "architecture", lambda: target):
+        triton_launch.forget_plans()
         call()
+        triton_launch.forget_plans()
     return list(found)
 
 
@@ -146,6 +148,7 @@ def call_reflect(M: int, D: int, R: int, dtype: torch.dtype) -> None:
         triton_backend.BACKEND.reflect_dx(x, v, t, True)
     triton_backend.BACKEND.reflect_bwd(x, x, v, t, p, True)
     triton_backend.BACKEND.chain_bwd(x, x, empty(D, R), v, t, p, True, False)
+    triton_backend.BACKEND.weight_side_bwd(x, x, v, t)
 
 
 def call_factor(D: int, R: int, apply_gs: bool) -> None:
@@ -203,7 +206,7 @@ class Compiled:
 
 MATRIX_KERNELS = {
     "reflect_kernel", "project_kernel", "backward_rows_kernel", "backward_columns_kernel", "combine_kernel",
-    "product_kernel",
+    "product_kernel", "weight_side_rows_kernel",
 }  # fmt: skip
 
 

@@ -79,6 +79,8 @@ def guarded(monkeypatch) -> Callable[[], list[str]]:
         ]
 
     monkeypatch.setattr(triton_launch, "empty", empty)
+    like = lambda tensor, *shape: empty(shape, tensor.dtype, tensor.device)  # noqa: E731
+    monkeypatch.setattr(triton_launch, "empty_like", like)
     return damage
 
 
@@ -120,6 +122,22 @@ def test_nothing_outside_is_read_or_written(shape, dtype, guarded):
     naive_results, exact = reflect_bounds(x, dy, v, t, True)
     got = reflect_all(TRITON, in_poison(x), in_poison(dy, 3), v, in_poison(t), True)
     assert_accurate(got, naive_results, exact, dtype, shape[2])
+    assert not guarded()
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(33, 70, 1), (200, 131, 8), slow((70, 40, 19)), slow((9, 40, 33))], ids=str)
+def test_weight_side(shape, dtype, guarded, monkeypatch):
+    """Two programs for all rows, nothing outside read or written; dv and dt of x and dx as they are, in 16 bits too."""
+    monkeypatch.setattr(tuning, "ROW_PROGRAMS", 2)
+    x, dx, *_ = reflect_inputs(*shape, dtype)
+    v, t = reference.wy_factor(seeded_u(*shape[1:], "scales"))
+    tensors = (dx, x, v, t)
+    exact = reference.weight_side_bwd(*(tensor.double() for tensor in tensors))
+    naive = reference.weight_side_bwd(*(tensor.to(dtype).float() for tensor in tensors))
+    got = TRITON.weight_side_bwd(in_poison(dx, 3), in_poison(x), v, in_poison(t))
+    pairs = (dict(zip(("dv", "dt"), found, strict=True)) for found in (got, naive, exact))
+    assert_accurate(*pairs, dtype, shape[2])
     assert not guarded()
 
 
@@ -238,7 +256,8 @@ def test_few_programs_go_over_all_rows(dtype, monkeypatch):
     x, _, v, t = reflect_inputs(7 * 64 - 5, 40, 8, dtype)
     at_once = TRITON.reflect_fwd(x, v, t, True)
     monkeypatch.setattr(triton_reflect, "_chip", lambda device: (3, 1))
-    assert triton_reflect._most_row_blocks(x, 64) == 3
+    triton_launch.forget_plans()
+    assert triton_reflect._most_row_blocks(triton_reflect.Rows(*x.shape, 8, dtype, x.device), 64) == 3
     for expected, got in zip(at_once, TRITON.reflect_fwd(x, v, t, True), strict=True):
         assert torch.equal(expected, got)
 
@@ -247,8 +266,8 @@ def test_rows_in_flight_fit_l2(monkeypatch):
     """132 processors, 50 MB of L2: one program each where rows are wide, more where they are narrow."""
     monkeypatch.setattr(triton_reflect, "_chip", lambda device: (132, 50 * 2**20))
     for D, block_m, each in ((4096, 32, 1), (16384, 16, 1), (2048, 64, 1), (1024, 16, 9)):
-        x = torch.empty(8192, D, dtype=torch.bfloat16, device="meta")
-        assert triton_reflect._most_row_blocks(x, block_m) == 132 * each
+        rows = triton_reflect.Rows(8192, D, 8, torch.bfloat16, torch.device("meta"))
+        assert triton_reflect._most_row_blocks(rows, block_m) == 132 * each
 
 
 @pytest.mark.parametrize("module", [triton_kernels, triton_factor_kernels], ids=lambda module: module.__name__)

@@ -55,6 +55,15 @@ def test_the_jit_compiles_every_kind_of_size(release, request):
     assert int(done.stdout.split()[0]) > 50
 
 
+@pytest.mark.parametrize("release", triton_releases.RELEASES)
+def test_direct_launches_are_those_of_the_jit(release, request):
+    environment = triton_releases.environment(release, request.config.cache)
+    command = [sys.executable, "-m", "tests.triton.direct"]
+    done = subprocess.run(command, cwd=triton_releases.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert int(done.stdout.split()[0]) > 50
+
+
 def test_a_new_batch_size_compiles_nothing():
     """Whatever Triton would specialize on (1, multiples of 16), M is none of it: one kernel serves every M."""
 

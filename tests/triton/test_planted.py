@@ -129,6 +129,7 @@ def plant(bug: Bug, directory: Path, monkeypatch) -> int:
         if module is triton_kernels:  # it has taken a function from the module as it is
             planted.chain_bwd_share = triton_launch.factor_kernels().chain_bwd_share
         monkeypatch.setattr(triton_launch, getter, lambda planted=planted: planted)
+    triton_launch.forget_plans()
     return edits
 
 
@@ -190,6 +191,37 @@ def test_bug_in_a_float32_result_is_rejected(bug, tmp_path, monkeypatch):
     wrong = error()
     print(f"planted: {bug.name}: relative error {wrong:.1e}, {right:.1e} without")
     assert right < rounding(100, R) < wrong
+
+
+WEIGHT_SIDE = [
+    Bug("s by t untransposed", "_load_m(t_ptr, stride_tj, stride_ti,", "_load_m(t_ptr, stride_ti, stride_tj,"),
+    Bug("q by n transposed", "_load_m(n_ptr, R, 1,", "_load_m(n_ptr, 1, R,"),
+    Bug("c transposed", "acc_c = tl.dot(tl.trans(p), q, acc_c,", "acc_c = tl.dot(tl.trans(q), p, acc_c,"),
+    Bug("p of dx", "            x_ptr, v_ptr, offs_m * stride_xm,", "            dx_ptr, v_ptr, offs_m * stride_xm,"),
+    Bug(
+        "halves of c not all added",
+        "acc_c = tl.sum(tl.reshape(_fold(acc_c",
+        "acc_c = tl.max(tl.reshape(_fold(acc_c",
+        RANDOM,
+        torch.bfloat16,
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", WEIGHT_SIDE, ids=lambda bug: bug.name)
+def test_bug_of_the_weight_side_is_rejected(bug, tmp_path, monkeypatch):
+    """dv and dt are right to float32; some more where hi and lo of a bfloat16 pair have 16 bits together."""
+    x, u, dx = make_inputs(bug.case, bug.dtype)
+    v, t = reference.wy_factor(u)
+    exact = reference.weight_side_bwd(*(tensor.double() for tensor in (dx, x, v, t)))
+    bound = rounding(bug.case.D, bug.case.R) if bug.dtype == torch.float32 else 2.0**-16
+
+    def error():
+        return max(relative(got, one) for got, one in zip(TRITON.weight_side_bwd(dx, x, v, t), exact, strict=True))
+
+    assert error() < bound
+    assert plant(bug, tmp_path, monkeypatch) >= 1
+    assert error() > bound
 
 
 def test_u_rounded_to_16_bits_is_rejected():
