@@ -81,16 +81,16 @@ class FactorCache:
     def get(self, us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(v, t) of `ops.chain_factor` for the present values of us, in `dtype`'s factor dtype; without gradient.
 
-        Computed afresh, and not kept, where keeping it would be wrong: while `torch.compile` or `torch.export` traces,
-        while a CUDA graph is captured and ever after, on a GPU where `parameters_come_late`, and for tensors that
-        carry no version (inference tensors, tensor subclasses). None under `torch.func` and forward-mode AD, whose
+        Computed afresh, and not kept, where keeping it would be wrong: while a CUDA graph is captured and ever after,
+        on a GPU where `parameters_come_late`, and for tensors that carry no version (inference tensors, tensor
+        subclasses). None while `torch.compile` or `torch.export` traces, under `torch.func` and forward-mode AD, whose
         operators compute their own.
         """
         if is_eager(*us):
             factor = self._same_values(us, apply_gs, dtype)
             if factor is not None:
                 return factor
-        if wants_plain_ops():
+        if wants_plain_ops() or torch.compiler.is_compiling():
             return None
         if not self._may_keep(us):
             return chain_factor(us, apply_gs, dtype)
@@ -108,7 +108,7 @@ class FactorCache:
         self._entry = None
 
     def _may_keep(self, us: Sequence[Tensor]) -> bool:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch._C._get_tracing_state() is not None:
             return False
         for u in us:
             if type(u) not in PLAIN or u.is_inference():
@@ -182,6 +182,29 @@ class KeepsFactors(nn.Module):
             late = late or bool(module._forward_pre_hooks)
         self._factors.parameters_come_late = late
         return late
+
+
+_of_memory: dict[tuple[int, int], tuple[StorageWeakRef, FactorCache]] = {}
+"""For compiled graphs, by storage and place in it. One that is held weakly gives its name to no other."""
+
+
+def factor_of_memory(u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor] | None:
+    """`FactorCache.get` for whoever has u and no cache: an operator in a compiled graph. Not to be written to.
+
+    None on a GPU, where no rule holds in a graph: one that `torch.compile` made moves the version of what it writes
+    before it writes, a captured one moves none.
+    """
+    if not _values_are_at_hand([u]):
+        return None
+    storage = u.untyped_storage()
+    place = (storage._cdata, u.storage_offset())
+    found = _of_memory.get(place)
+    if found is None:
+        for other, (ref, _) in list(_of_memory.items()):
+            if ref.expired():
+                _of_memory.pop(other, None)
+        found = _of_memory[place] = (StorageWeakRef(storage), FactorCache())
+    return found[1].get([u], [apply_gs], u.dtype)
 
 
 def validity_key(us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple:

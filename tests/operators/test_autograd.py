@@ -121,7 +121,18 @@ def test_func_transforms(flags):
 
 
 @pytest.mark.parametrize(
-    "op", ["wy_factor_fwd", "wy_factor_bwd", "reflect_fwd", "reflect_dx", "reflect_bwd", "weight_side_bwd"]
+    "op",
+    [
+        "wy_factor_fwd",
+        "wy_factor_bwd",
+        "reflect_fwd",
+        "reflect_dx",
+        "reflect_bwd",
+        "chain",
+        "chain_fwd",
+        "chain_bwd",
+        "weight_side_bwd",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(on_backend, op, dtype):
@@ -134,6 +145,9 @@ def test_opcheck(on_backend, op, dtype):
         "reflect_fwd": (x, v, t, True),
         "reflect_dx": (dy, v, t, True),
         "reflect_bwd": (dy, x, v, t, p, True),
+        "chain": (x, u, True, False),
+        "chain_fwd": (x, u, True, False),
+        "chain_bwd": (dy, x, u, v, t, p, True, False),
         "weight_side_bwd": (dy, x, v, t),
     }
     torch.library.opcheck(getattr(torch.ops.hra, op).default, arguments[op])
