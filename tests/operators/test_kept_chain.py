@@ -125,7 +125,7 @@ def error_after(change, trains=False):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_change_is_seen(change, trains):
     error, distance = error_after(change, trains)
     assert error < BOUND and (change == "double" or distance > 1000 * BOUND)
