@@ -14,6 +14,7 @@ from hra_kernels.factors import factor_dtype
 
 _library = torch.library.Library("hra", "DEF")
 _library.define("wy_factor_fwd(Tensor u, bool apply_gs) -> (Tensor, Tensor)")
+_library.define("wy_factor_many(Tensor us, bool apply_gs) -> (Tensor, Tensor)")
 _library.define("wy_factor_bwd(Tensor dv, Tensor dt, Tensor u, Tensor v, Tensor t, bool apply_gs) -> Tensor")
 _library.define("reflect_fwd(Tensor x, Tensor v, Tensor t, bool transpose) -> (Tensor, Tensor)")
 _library.define("reflect_dx(Tensor dy, Tensor v, Tensor t, bool transpose) -> Tensor")
@@ -32,6 +33,11 @@ _library.define("weight_side_bwd(Tensor dx, Tensor x, Tensor v, Tensor t) -> (Te
 def _wy_factor_fwd(u, apply_gs):
     checks.check_u("wy_factor_fwd", u)
     return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor(u, apply_gs)
+
+
+def _wy_factor_many(us, apply_gs):
+    checks.check_us("wy_factor_many", us)
+    return choose(us.device, us.dtype, us.shape[2], factor=True).wy_factor_many(us, apply_gs)
 
 
 def _wy_factor_bwd(dv, dt, u, v, t, apply_gs):
@@ -99,6 +105,12 @@ def _fake_wy_factor_fwd(u, apply_gs):
     return u.new_empty(u.shape[1], u.shape[0], dtype=dtype), u.new_empty(u.shape[1], u.shape[1], dtype=dtype)
 
 
+def _fake_wy_factor_many(us, apply_gs):
+    checks.check_us("wy_factor_many", us)
+    (layers, size_d, rank), dtype = us.shape, factor_dtype(us.dtype)
+    return us.new_empty(layers, rank, size_d, dtype=dtype), us.new_empty(layers, rank, rank, dtype=dtype)
+
+
 def _fake_wy_factor_bwd(dv, dt, u, v, t, apply_gs):
     checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
     return u.new_empty(u.shape)
@@ -139,6 +151,7 @@ def register(name, kernel, fake):
 
 for _name, _kernel, _fake in [
     ("wy_factor_fwd", _wy_factor_fwd, _fake_wy_factor_fwd),
+    ("wy_factor_many", _wy_factor_many, _fake_wy_factor_many),
     ("wy_factor_bwd", _wy_factor_bwd, _fake_wy_factor_bwd),
     ("reflect_fwd", _reflect_fwd, _fake_reflect_fwd),
     ("reflect_dx", _reflect_dx, _fake_reflect_dx),

@@ -33,6 +33,7 @@ __all__ = [
     "chain_factor",
     "differentiable_backward",
     "factor_in_groups",
+    "in_compiled_graph",
     "in_factor_dtype",
     "reflect",
     "reflect_chain",
@@ -98,7 +99,7 @@ def wants_graph() -> bool:
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # PyTorch 2.6 does not say
 
 
-def _in_compiled_graph() -> bool:
+def in_compiled_graph() -> bool:
     """Whether torch.compile traces: an exported program has no memory of its own between two calls."""
     return torch.compiler.is_compiling() and not _is_exporting()
 
@@ -256,12 +257,15 @@ class _Chain(torch.autograd.Function):
         return dx, None, None, None, *dus
 
 
-class _KeptChain(torch.autograd.Function):
-    """`_Chain` in a compiled graph; the operator finds the factor itself (`hra_kernels.kept_chain`)."""
+class _CompiledChain(torch.autograd.Function):
+    """`_Chain` in a compiled graph; without a factor the operator finds it itself (`hra_kernels.kept_chain`)."""
 
     @staticmethod
-    def forward(ctx, x, apply_gs, transpose, u):
-        y, p, v, t = torch.ops.hra.chain_fwd(x, u, transpose, apply_gs[0])
+    def forward(ctx, x, v, t, apply_gs, transpose, u):
+        if v is None:
+            y, p, v, t = torch.ops.hra.chain_fwd(x, u, transpose, apply_gs[0])
+        else:
+            y, p = torch.ops.hra.reflect_fwd(x, v, t, transpose)
         ctx.apply_gs, ctx.transpose = apply_gs, transpose
         ctx.save_for_backward(x, v, t, p, u)
         return y
@@ -270,7 +274,7 @@ class _KeptChain(torch.autograd.Function):
     def backward(ctx, dy):
         x, v, t, p, u = ctx.saved_tensors
         dx, du = torch.ops.hra.chain_bwd(_gradient_rows(dy), x, u, v, t, p, ctx.transpose, ctx.apply_gs[0])
-        return dx if ctx.needs_input_grad[0] else None, None, None, du
+        return dx if ctx.needs_input_grad[0] else None, None, None, None, None, du
 
 
 _apply_chain = super(torch.autograd.Function, _Chain).apply
@@ -354,10 +358,10 @@ def wy_factor_many(us: Sequence[Tensor], apply_gs: Rule = False) -> list[tuple[T
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for members in groups.values():
-            if len(members) > 1 and factor_in_groups(us[members[0]]):
+            # a compiler cannot look into the choice of a backend, and one without groups serves them too
+            if len(members) > 1 and (in_compiled_graph() or factor_in_groups(us[members[0]])):
                 stacked = torch.stack([us[i] for i in members])
-                backend = choose(stacked.device, stacked.dtype, stacked.shape[2], factor=True)
-                found = zip(*backend.wy_factor_many(stacked, apply_gs), strict=True)
+                found = zip(*torch.ops.hra.wy_factor_many(stacked, apply_gs), strict=True)
             else:  # no copy of what nothing is shared with
                 found = [torch.ops.hra.wy_factor_fwd(us[i], apply_gs) for i in members]
             factors.update(zip(members, found, strict=True))
@@ -445,11 +449,11 @@ def reflect_chain(
     """
     us = in_factor_dtype(us, x.dtype)
     if not is_eager(x, *us):
-        if factor is None and _is_plain(us, apply_gs) and _in_compiled_graph() and type(us[0]) is torch.nn.Parameter:
+        if in_compiled_graph() and _is_plain(us, apply_gs) and type(us[0]) is torch.nn.Parameter:
             rows, u = as_rows(x), us[0]
             if _wants_gradient(u):
-                return _KeptChain.apply(rows, apply_gs, transpose, u).reshape(x.shape)
-            if not _wants_gradient(x):
+                return _CompiledChain.apply(rows, *(factor or (None, None)), apply_gs, transpose, u).reshape(x.shape)
+            if factor is None and not _wants_gradient(x):
                 return torch.ops.hra.chain(rows, u, transpose, apply_gs[0]).reshape(x.shape)
         v, t = attach_factor(us, apply_gs, factor)
         checks.check_factor("reflect_chain", "x", x, v, t)

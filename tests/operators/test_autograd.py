@@ -124,6 +124,7 @@ def test_func_transforms(flags):
     "op",
     [
         "wy_factor_fwd",
+        "wy_factor_many",
         "wy_factor_bwd",
         "reflect_fwd",
         "reflect_dx",
@@ -141,6 +142,7 @@ def test_opcheck(on_backend, op, dtype):
     u, v, dv, t, dt, p = (torch.randn(*s) for s in ((D, R), (R, D), (R, D), (R, R), (R, R), (M, R)))
     arguments = {
         "wy_factor_fwd": (u, False),
+        "wy_factor_many": (torch.stack([u, 2 * u]), False),
         "wy_factor_bwd": (dv, dt, u, v, t, False),
         "reflect_fwd": (x, v, t, True),
         "reflect_dx": (dy, v, t, True),

@@ -7,9 +7,10 @@ from hra_kernels import ops
 
 M, D, R = 4, 6, 2
 SHAPES = {name: (M, D) for name in ("x", "dy", "dx")} | {name: (R, R) for name in ("t", "dt")}
-SHAPES |= {"u": (D, R), "v": (R, D), "dv": (R, D), "p": (M, R)}
+SHAPES |= {"us": (3, D, R), "u": (D, R), "v": (R, D), "dv": (R, D), "p": (M, R)}
 ARGUMENTS = {
     "wy_factor_fwd": ("u",),
+    "wy_factor_many": ("us",),
     "wy_factor_bwd": ("dv", "dt", "u", "v", "t"),
     "reflect_fwd": ("x", "v", "t"),
     "reflect_dx": ("dy", "v", "t"),
@@ -36,6 +37,8 @@ def columns_apart(tensor):
 WRONG = [
     ("wy_factor_fwd", "u", lambda u: u[0], ValueError, r"u must be \(D, R\), got shape \(2,\)"),
     ("wy_factor_fwd", "u", torch.Tensor.int, TypeError, "u must be float32, float64, .* got int32"),
+    ("wy_factor_many", "us", lambda us: us[0], ValueError, r"us must be \(L, D, R\), got shape \(6, 2\)"),
+    ("wy_factor_many", "us", torch.Tensor.int, TypeError, "us must be float32, float64, .* got int32"),
     ("wy_factor_bwd", "u", lambda u: u[0], ValueError, r"u must be \(D, R\), got shape \(2,\)"),
     ("wy_factor_bwd", "u", lambda u: u[:5], ValueError, r"dv must have shape \(2, 5\), got \(2, 6\)"),
     ("wy_factor_bwd", "dv", lambda dv: dv[:1], ValueError, r"dv must have shape \(2, 6\), got \(1, 6\)"),
@@ -114,7 +117,7 @@ def test_what_a_forced_backend_does_not_serve(on_backend, device, op):
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_compilation_rejects_as_eager_does(op):
     """The shapes that tracing computes with are checked too."""
-    name = "v" if "v" in ARGUMENTS[op] else "u"
+    name = "v" if "v" in ARGUMENTS[op] else ARGUMENTS[op][-1]
     tensors = arguments(op, "meta", **{name: lambda tensor: tensor[0]})
     with pytest.raises(ValueError, match=f"{op}: {name} must"):
         getattr(torch.ops.hra, op)(*tensors)
