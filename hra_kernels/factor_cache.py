@@ -15,8 +15,8 @@ moves no version and runs no hook), and those of a layer whose own hooks may bri
 writes through `.data` on a GPU, or into shards that are gathered later, outside an optimizer, a graph and a layer's
 hooks, calls `forget_factors(model)`.
 
-Graphs of `torch.compile` find their factors on a CPU by the same rule (`factor_of_memory`). On a GPU they compute them in
-every call, those of a whole model together (`computed_at_entry`).
+Graphs of `torch.compile` find their factors on a CPU by the same rule (`factor_of_memory`). On a GPU they compute them
+in every call, those of a whole model together (`computed_at_entry`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
