@@ -25,6 +25,13 @@ def check_u(op: str, u: Tensor) -> None:
         raise ValueError(f"{op}: u must be (D, R), got shape {tuple(u.shape)}")
 
 
+def check_us(op: str, us: Tensor) -> None:
+    """us (L, D, R)."""
+    check_dtype(op, "us", us)
+    if us.dim() != 3:
+        raise ValueError(f"{op}: us must be (L, D, R), got shape {tuple(us.shape)}")
+
+
 def check_factor(op: str, name: str, x: Tensor, v: Tensor, t: Tensor) -> None:
     """v (R, D) and t (R, R) that reflect x (..., D), called `name`."""
     check_dtype(op, name, x)

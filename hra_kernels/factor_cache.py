@@ -14,9 +14,13 @@ What no key shows is no reason to keep: parameters that a CUDA graph was capture
 moves no version and runs no hook), and those of a layer whose own hooks may bring them. One thing is left: code that
 writes through `.data` on a GPU, or into shards that are gathered later, outside an optimizer, a graph and a layer's
 hooks, calls `forget_factors(model)`.
+
+Graphs of `torch.compile` find their factors on a CPU by the same rule (`factor_of_memory`). On a GPU they compute them
+in every call, those of a whole model together (`computed_at_entry`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -75,21 +79,26 @@ class FactorCache:
     parameters_come_late: bool = False
     """Whether something that shows nowhere may write parameters before each use: the owner has hooks (see `get`)."""
 
+    given: tuple[Tensor, Rule, tuple[Tensor, Tensor]] | None = None
+    """What `computed_at_entry` has for the graph that is traced: vectors, what they are along, and their factor."""
+
     def __init__(self) -> None:
         self._entry: tuple[tuple, list[Tensor], list[StorageWeakRef], tuple[Tensor, Tensor]] | None = None
 
     def get(self, us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """(v, t) of `ops.chain_factor` for the present values of us, in `dtype`'s factor dtype; without gradient.
 
-        Computed afresh, and not kept, where keeping it would be wrong: while `torch.compile` or `torch.export` traces,
-        while a CUDA graph is captured and ever after, on a GPU where `parameters_come_late`, and for tensors that
-        carry no version (inference tensors, tensor subclasses). None under `torch.func` and forward-mode AD, whose
-        operators compute their own.
+        Computed afresh, and not kept, where keeping it would be wrong: while a CUDA graph is captured and ever after,
+        on a GPU where `parameters_come_late`, and for tensors that carry no version (inference tensors, tensor
+        subclasses). None under `torch.func` and forward-mode AD, and while `torch.compile` or `torch.export` traces,
+        but for what `computed_at_entry` gave: there operators compute their own.
         """
         if is_eager(*us):
             factor = self._same_values(us, apply_gs, dtype)
             if factor is not None:
                 return factor
+        if torch.compiler.is_compiling():
+            return self._given_for(us, apply_gs, dtype)
         if wants_plain_ops():
             return None
         if not self._may_keep(us):
@@ -107,8 +116,17 @@ class FactorCache:
         """Forget the factor."""
         self._entry = None
 
+    def _given_for(
+        self, us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        if self.given is None or len(us) != 1:
+            return None
+        u, gs, factor = self.given
+        fits = u is us[0] and gs == apply_gs[0] and (u.dtype == torch.float64) == (dtype == torch.float64)
+        return factor if fits else None
+
     def _may_keep(self, us: Sequence[Tensor]) -> bool:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if torch._C._get_tracing_state() is not None:
             return False
         for u in us:
             if type(u) not in PLAIN or u.is_inference():
@@ -175,13 +193,35 @@ class KeepsFactors(nn.Module):
 
     def look_for_hooks(self, *modules: nn.Module) -> bool:
         """Whether a forward pre-hook of the layer, or of `modules` in it, may bring parameters; its cache is told."""
-        if torch.compiler.is_compiling():  # nothing is kept
-            return False
         late = bool(self._forward_pre_hooks)
         for module in modules:
             late = late or bool(module._forward_pre_hooks)
-        self._factors.parameters_come_late = late
+        if not torch.compiler.is_compiling():  # where nothing is kept
+            self._factors.parameters_come_late = late
         return late
+
+
+_of_memory: dict[tuple[int, int], tuple[StorageWeakRef, FactorCache]] = {}
+"""For compiled graphs, by storage and place in it. One that is held weakly gives its name to no other."""
+
+
+def factor_of_memory(u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor] | None:
+    """`FactorCache.get` for whoever has u and no cache: an operator in a compiled graph. Not to be written to.
+
+    None on a GPU, where no rule holds in a graph: one that `torch.compile` made moves the version of what it writes
+    before it writes, a captured one moves none.
+    """
+    if not _values_are_at_hand([u]):
+        return None
+    storage = u.untyped_storage()
+    place = (storage._cdata, u.storage_offset())
+    found = _of_memory.get(place)
+    if found is None:
+        for other, (ref, _) in list(_of_memory.items()):
+            if ref.expired():
+                _of_memory.pop(other, None)
+        found = _of_memory[place] = (StorageWeakRef(storage), FactorCache())
+    return found[1].get([u], [apply_gs], u.dtype)
 
 
 def validity_key(us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple:
@@ -241,3 +281,30 @@ def refill(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[Rule]]
         for (cache, key, us, apply_gs), values in zip(stale, copies, strict=True):
             parts = [factors[id(u), gs] for u, gs in zip(values or us, apply_gs, strict=True)]
             cache._keep(key, us, values, join_factors(parts))
+
+
+@contextmanager
+def computed_at_entry(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[Rule]]]) -> Iterator[None]:
+    """While `torch.compile` traces a model's forward: have its graph compute factors of one shape by one operator.
+
+    Only where graphs keep no factor, on a GPU (`factor_of_memory`). The graph computes them in every call, at this
+    place, and `FactorCache.get` gives them while this lasts.
+
+    Args: as of `refill`.
+    """
+    chains: dict[Rule, list[tuple[FactorCache, Tensor]]] = {}
+    for cache, us, apply_gs in layers:
+        if us and _values_are_at_hand(us):
+            break  # each module that is looked at costs guards; nearly always they are all on one device
+        if len(us) == 1 and type(us[0]) is nn.Parameter and us[0].dim() == 2 and not us[0].is_meta:
+            chains.setdefault(apply_gs[0], []).append((cache, us[0]))
+    for gs, members in chains.items():
+        factors = wy_factor_many([u for _, u in members], gs)
+        for (cache, u), factor in zip(members, factors, strict=True):
+            cache.given = (u, gs, factor)
+    try:
+        yield
+    finally:
+        for members in chains.values():
+            for cache, _ in members:
+                cache.given = None

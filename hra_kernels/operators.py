@@ -14,18 +14,30 @@ from hra_kernels.factors import factor_dtype
 
 _library = torch.library.Library("hra", "DEF")
 _library.define("wy_factor_fwd(Tensor u, bool apply_gs) -> (Tensor, Tensor)")
+_library.define("wy_factor_many(Tensor us, bool apply_gs) -> (Tensor, Tensor)")
 _library.define("wy_factor_bwd(Tensor dv, Tensor dt, Tensor u, Tensor v, Tensor t, bool apply_gs) -> Tensor")
 _library.define("reflect_fwd(Tensor x, Tensor v, Tensor t, bool transpose) -> (Tensor, Tensor)")
 _library.define("reflect_dx(Tensor dy, Tensor v, Tensor t, bool transpose) -> Tensor")
 _library.define(
     "reflect_bwd(Tensor dy, Tensor x, Tensor v, Tensor t, Tensor p, bool transpose) -> (Tensor, Tensor, Tensor)"
 )
+_library.define(
+    "chain_bwd(Tensor dy, Tensor x, Tensor u, Tensor v, Tensor t, Tensor p, bool transpose, bool apply_gs)"
+    " -> (Tensor, Tensor)"
+)
+_library.define("chain(Tensor x, Tensor u, bool transpose, bool apply_gs) -> Tensor")
+_library.define("chain_fwd(Tensor x, Tensor u, bool transpose, bool apply_gs) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define("weight_side_bwd(Tensor dx, Tensor x, Tensor v, Tensor t) -> (Tensor, Tensor)")
 
 
 def _wy_factor_fwd(u, apply_gs):
     checks.check_u("wy_factor_fwd", u)
     return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor(u, apply_gs)
+
+
+def _wy_factor_many(us, apply_gs):
+    checks.check_us("wy_factor_many", us)
+    return choose(us.device, us.dtype, us.shape[2], factor=True).wy_factor_many(us, apply_gs)
 
 
 def _wy_factor_bwd(dv, dt, u, v, t, apply_gs):
@@ -52,6 +64,23 @@ def _reflect_bwd(dy, x, v, t, p, transpose):
     return choose(x.device, x.dtype, *v.shape).reflect_bwd(dy, x, v, t, p, transpose)
 
 
+def chain_bwd(dy, x, u, v, t, p, transpose, apply_gs):
+    """dx and du, by the backend that has both, which may have one launch for them; unchecked."""
+    backend = choose(x.device, x.dtype, *v.shape)
+    factor_backend = choose(u.device, u.dtype, u.shape[1], factor=True)
+    if factor_backend is backend:
+        return backend.chain_bwd(dy, x, u, v, t, p, transpose, apply_gs)
+    dx, dv, dt = backend.reflect_bwd(dy, x, v, t, p, transpose)
+    return dx, factor_backend.wy_factor_bwd(dv, dt, u, v, t, apply_gs)
+
+
+def _chain_bwd(dy, x, u, v, t, p, transpose, apply_gs):
+    checks.check_chain_bwd("chain_bwd", dy, x, [u], v, t, p)
+    checks.check_rows("chain_bwd", "x", x)
+    checks.check_rows("chain_bwd", "dy", dy)
+    return chain_bwd(dy, x, u, v, t, p, transpose, apply_gs)
+
+
 def _weight_side_bwd(dx, x, v, t):
     checks.check_weight_side_bwd("weight_side_bwd", dx, x, v, t)
     checks.check_rows("weight_side_bwd", "x", x)
@@ -76,6 +105,12 @@ def _fake_wy_factor_fwd(u, apply_gs):
     return u.new_empty(u.shape[1], u.shape[0], dtype=dtype), u.new_empty(u.shape[1], u.shape[1], dtype=dtype)
 
 
+def _fake_wy_factor_many(us, apply_gs):
+    checks.check_us("wy_factor_many", us)
+    (layers, size_d, rank), dtype = us.shape, factor_dtype(us.dtype)
+    return us.new_empty(layers, rank, size_d, dtype=dtype), us.new_empty(layers, rank, rank, dtype=dtype)
+
+
 def _fake_wy_factor_bwd(dv, dt, u, v, t, apply_gs):
     checks.check_wy_factor_bwd("wy_factor_bwd", dv, dt, u, v, t)
     return u.new_empty(u.shape)
@@ -98,21 +133,33 @@ def _fake_reflect_bwd(dy, x, v, t, p, transpose):
     return dy.new_empty(dy.shape), v.new_empty(v.shape), t.new_empty(t.shape)
 
 
+def _fake_chain_bwd(dy, x, u, v, t, p, transpose, apply_gs):
+    checks.check_chain_bwd("chain_bwd", dy, x, [u], v, t, p)
+    return dy.new_empty(dy.shape), u.new_empty(u.shape)
+
+
 def _fake_weight_side_bwd(dx, x, v, t):
     checks.check_weight_side_bwd("weight_side_bwd", dx, x, v, t)
     return v.new_empty(v.shape), t.new_empty(t.shape)
 
 
+def register(name, kernel, fake):
+    """Serve the operator `name` by `kernel` on every device; `fake` gives a compiler its results' shapes."""
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hra::{name}", fake, lib=_library)
+
+
 for _name, _kernel, _fake in [
     ("wy_factor_fwd", _wy_factor_fwd, _fake_wy_factor_fwd),
+    ("wy_factor_many", _wy_factor_many, _fake_wy_factor_many),
     ("wy_factor_bwd", _wy_factor_bwd, _fake_wy_factor_bwd),
     ("reflect_fwd", _reflect_fwd, _fake_reflect_fwd),
     ("reflect_dx", _reflect_dx, _fake_reflect_dx),
     ("reflect_bwd", _reflect_bwd, _fake_reflect_bwd),
+    ("chain_bwd", _chain_bwd, _fake_chain_bwd),
     ("weight_side_bwd", _weight_side_bwd, _fake_weight_side_bwd),
 ]:
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hra::{_name}", _fake, lib=_library)
+    register(_name, _kernel, _fake)
 
 
 # torch.onnx.export(dynamo=True) knows none of these operators and asks this table for others in their place

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hra_kernels import checks, operators, reference  # noqa: F401 - operators registers them
+from hra_kernels import checks, operators, reference
 from hra_kernels.backends import BACKEND_VARIABLE, BACKENDS, backend_report, choose, select_backend, use_backend
 from hra_kernels.factors import factor_dtype, join_factors, join_factors_bwd, split_factor
 from hra_kernels.soft import Rule, Soft, extended, factor_bwd_by_rule, factor_by_rule
@@ -33,6 +33,7 @@ __all__ = [
     "chain_factor",
     "differentiable_backward",
     "factor_in_groups",
+    "in_compiled_graph",
     "in_factor_dtype",
     "reflect",
     "reflect_chain",
@@ -93,6 +94,14 @@ def _wants_gradient(*tensors: Tensor) -> bool:
 
 def wants_graph() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: True)  # PyTorch 2.6 does not say
+
+
+def in_compiled_graph() -> bool:
+    """Whether torch.compile traces: an exported program has no memory of its own between two calls."""
+    return torch.compiler.is_compiling() and not _is_exporting()
 
 
 def _has_rows(x: Tensor) -> bool:
@@ -234,6 +243,9 @@ class _Chain(torch.autograd.Function):
             dy = as_rows(dy)
             checks.check_chain_bwd("reflect_chain", dy, rows, us, v, t, p)
             dx, dus = _chain_bwd(dy, rows, us, v, t, p, ctx.transpose, ctx.apply_gs, needed)
+        elif _is_plain(us, ctx.apply_gs):
+            dx, du = torch.ops.hra.chain_bwd(_gradient_rows(dy), rows, us[0], v, t, p, ctx.transpose, ctx.apply_gs[0])
+            dus = [du]
         else:
             dy = _gradient_rows(dy)
             dx, dv, dt = torch.ops.hra.reflect_bwd(dy, rows, v, t, p, ctx.transpose)
@@ -245,23 +257,43 @@ class _Chain(torch.autograd.Function):
         return dx, None, None, None, *dus
 
 
+class _CompiledChain(torch.autograd.Function):
+    """`_Chain` in a compiled graph; without a factor the operator finds it itself (`hra_kernels.kept_chain`)."""
+
+    @staticmethod
+    def forward(ctx, x, v, t, apply_gs, transpose, u):
+        if v is None:
+            y, p, v, t = torch.ops.hra.chain_fwd(x, u, transpose, apply_gs[0])
+        else:
+            y, p = torch.ops.hra.reflect_fwd(x, v, t, transpose)
+        ctx.apply_gs, ctx.transpose = apply_gs, transpose
+        ctx.save_for_backward(x, v, t, p, u)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, v, t, p, u = ctx.saved_tensors
+        dx, du = torch.ops.hra.chain_bwd(_gradient_rows(dy), x, u, v, t, p, ctx.transpose, ctx.apply_gs[0])
+        return dx if ctx.needs_input_grad[0] else None, None, None, None, None, du
+
+
 _apply_chain = super(torch.autograd.Function, _Chain).apply
 """`_Chain.apply` without its look for transforms of torch.func: `is_eager` has looked."""
 
 
+def _is_plain(us, apply_gs):
+    return len(us) == 1 and not isinstance(apply_gs[0], Soft)
+
+
 def _chain_bwd(dy, x, us, v, t, p, transpose, apply_gs, needed):
     """dx, and the gradients of the us that need one, by the backend itself."""
-    device, u = x.device, us[0]
-    backend = choose(device, x.dtype, *v.shape)
-    factor_backend = choose(device, u.dtype, u.shape[1], factor=True)
-    is_plain = len(us) == 1 and not isinstance(apply_gs[0], Soft)
-    if is_plain and factor_backend is backend:  # which may have one launch for both
-        dx, du = backend.chain_bwd(dy, x, u, v, t, p, transpose, apply_gs[0])
+    if _is_plain(us, apply_gs):
+        dx, du = operators.chain_bwd(dy, x, us[0], v, t, p, transpose, apply_gs[0])
         return dx, [du]
-    dx, dv, dt = backend.reflect_bwd(dy, x, v, t, p, transpose)
+    dx, dv, dt = choose(x.device, x.dtype, *v.shape).reflect_bwd(dy, x, v, t, p, transpose)
 
     def wy_factor_bwd(dv, dt, u, v, t, gs):
-        chosen = choose(device, u.dtype, u.shape[1], factor=True)
+        chosen = choose(u.device, u.dtype, u.shape[1], factor=True)
         return chosen.wy_factor_bwd(dv, dt, u, v, t, gs)
 
     return dx, chain_factor_bwd(wy_factor_bwd, dv, dt, us, v, t, apply_gs, needed)
@@ -326,10 +358,10 @@ def wy_factor_many(us: Sequence[Tensor], apply_gs: Rule = False) -> list[tuple[T
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     with torch.no_grad():
         for members in groups.values():
-            if len(members) > 1 and factor_in_groups(us[members[0]]):
+            # a compiler cannot look into the choice of a backend, and one without groups serves them too
+            if len(members) > 1 and (in_compiled_graph() or factor_in_groups(us[members[0]])):
                 stacked = torch.stack([us[i] for i in members])
-                backend = choose(stacked.device, stacked.dtype, stacked.shape[2], factor=True)
-                found = zip(*backend.wy_factor_many(stacked, apply_gs), strict=True)
+                found = zip(*torch.ops.hra.wy_factor_many(stacked, apply_gs), strict=True)
             else:  # no copy of what nothing is shared with
                 found = [torch.ops.hra.wy_factor_fwd(us[i], apply_gs) for i in members]
             factors.update(zip(members, found, strict=True))
@@ -417,6 +449,12 @@ def reflect_chain(
     """
     us = in_factor_dtype(us, x.dtype)
     if not is_eager(x, *us):
+        if in_compiled_graph() and _is_plain(us, apply_gs) and type(us[0]) is torch.nn.Parameter:
+            rows, u = as_rows(x), us[0]
+            if _wants_gradient(u):
+                return _CompiledChain.apply(rows, *(factor or (None, None)), apply_gs, transpose, u).reshape(x.shape)
+            if factor is None and not _wants_gradient(x):
+                return torch.ops.hra.chain(rows, u, transpose, apply_gs[0]).reshape(x.shape)
         v, t = attach_factor(us, apply_gs, factor)
         checks.check_factor("reflect_chain", "x", x, v, t)
         return _reflect(x, v, t, transpose)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from hra_kernels.factor_cache import optimizer_steps, refill
+from hra_kernels.factor_cache import computed_at_entry, optimizer_steps, refill
+from hra_kernels.ops import in_compiled_graph
 from hra_kernels.partition import held, whole
 from hra_kernels.peft.adapter_names import accept_adapter_names
 from hra_kernels.peft.base_weight import is_offloaded, quantization_of, torchao_configuration
@@ -206,7 +207,13 @@ class HRAModel(PeftHRAModel):
         if self._refilled_after == optimizer_steps():
             return
         self._refilled_after = optimizer_steps()
-        refill(filter(None, [layer.chain_to_refill() for layer in self._layers_that_are_complete()]))
+        refill(self._chains_to_refill())
+
+    def _chains_to_refill(self) -> Iterator[tuple]:
+        for layer in self._layers_that_are_complete():
+            chain = layer.chain_to_refill()
+            if chain is not None:
+                yield chain
 
     def _layers_that_are_complete(self) -> Iterator[ReflectionLayer]:
         """Those whose parameters no forward pre-hook of a module around them can still bring or change."""
@@ -224,6 +231,10 @@ class HRAModel(PeftHRAModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT calls this around forward and generate with their keyword arguments."""
         adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None and in_compiled_graph():
+            with computed_at_entry(self._chains_to_refill()):
+                yield
+            return
         if adapter_names is None:
             self._refill_factors()
             yield

@@ -121,7 +121,19 @@ def test_func_transforms(flags):
 
 
 @pytest.mark.parametrize(
-    "op", ["wy_factor_fwd", "wy_factor_bwd", "reflect_fwd", "reflect_dx", "reflect_bwd", "weight_side_bwd"]
+    "op",
+    [
+        "wy_factor_fwd",
+        "wy_factor_many",
+        "wy_factor_bwd",
+        "reflect_fwd",
+        "reflect_dx",
+        "reflect_bwd",
+        "chain",
+        "chain_fwd",
+        "chain_bwd",
+        "weight_side_bwd",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(on_backend, op, dtype):
@@ -130,10 +142,14 @@ def test_opcheck(on_backend, op, dtype):
     u, v, dv, t, dt, p = (torch.randn(*s) for s in ((D, R), (R, D), (R, D), (R, R), (R, R), (M, R)))
     arguments = {
         "wy_factor_fwd": (u, False),
+        "wy_factor_many": (torch.stack([u, 2 * u]), False),
         "wy_factor_bwd": (dv, dt, u, v, t, False),
         "reflect_fwd": (x, v, t, True),
         "reflect_dx": (dy, v, t, True),
         "reflect_bwd": (dy, x, v, t, p, True),
+        "chain": (x, u, True, False),
+        "chain_fwd": (x, u, True, False),
+        "chain_bwd": (dy, x, u, v, t, p, True, False),
         "weight_side_bwd": (dy, x, v, t),
     }
     torch.library.opcheck(getattr(torch.ops.hra, op).default, arguments[op])

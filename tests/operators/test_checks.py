@@ -7,16 +7,20 @@ from hra_kernels import ops
 
 M, D, R = 4, 6, 2
 SHAPES = {name: (M, D) for name in ("x", "dy", "dx")} | {name: (R, R) for name in ("t", "dt")}
-SHAPES |= {"u": (D, R), "v": (R, D), "dv": (R, D), "p": (M, R)}
+SHAPES |= {"us": (3, D, R), "u": (D, R), "v": (R, D), "dv": (R, D), "p": (M, R)}
 ARGUMENTS = {
     "wy_factor_fwd": ("u",),
+    "wy_factor_many": ("us",),
     "wy_factor_bwd": ("dv", "dt", "u", "v", "t"),
     "reflect_fwd": ("x", "v", "t"),
     "reflect_dx": ("dy", "v", "t"),
     "reflect_bwd": ("dy", "x", "v", "t", "p"),
+    "chain": ("x", "u"),
+    "chain_fwd": ("x", "u"),
+    "chain_bwd": ("dy", "x", "u", "v", "t", "p"),
     "weight_side_bwd": ("dx", "x", "v", "t"),
 }
-FLAGS = {op: () if op == "weight_side_bwd" else (False,) for op in ARGUMENTS}
+FLAGS = {op: (False, False) if op.startswith("chain") else (False,) for op in ARGUMENTS} | {"weight_side_bwd": ()}
 
 
 def arguments(op, device, **changes):
@@ -33,6 +37,8 @@ def columns_apart(tensor):
 WRONG = [
     ("wy_factor_fwd", "u", lambda u: u[0], ValueError, r"u must be \(D, R\), got shape \(2,\)"),
     ("wy_factor_fwd", "u", torch.Tensor.int, TypeError, "u must be float32, float64, .* got int32"),
+    ("wy_factor_many", "us", lambda us: us[0], ValueError, r"us must be \(L, D, R\), got shape \(6, 2\)"),
+    ("wy_factor_many", "us", torch.Tensor.int, TypeError, "us must be float32, float64, .* got int32"),
     ("wy_factor_bwd", "u", lambda u: u[0], ValueError, r"u must be \(D, R\), got shape \(2,\)"),
     ("wy_factor_bwd", "u", lambda u: u[:5], ValueError, r"dv must have shape \(2, 5\), got \(2, 6\)"),
     ("wy_factor_bwd", "dv", lambda dv: dv[:1], ValueError, r"dv must have shape \(2, 6\), got \(1, 6\)"),
@@ -52,7 +58,25 @@ WRONG = [
     ("weight_side_bwd", "dx", columns_apart, ValueError, r"dx must be \(M, D\) with contiguous rows"),
     ("weight_side_bwd", "dx", lambda dx: dx.to("meta"), ValueError, "dx must be on .*, got meta"),
 ]
-for _op, _x in (("reflect_fwd", "x"), ("reflect_dx", "dy"), ("reflect_bwd", "x"), ("weight_side_bwd", "x")):
+for _op in ("chain", "chain_fwd"):
+    WRONG += [
+        (_op, "u", lambda u: u[0], ValueError, r"u must be \(D, R\), got shape \(2,\)"),
+        (_op, "u", lambda u: u[:5], ValueError, r"v must be \(R, D\) with D = x.* = 6, got shape \(2, 5\)"),
+        (_op, "u", torch.Tensor.double, TypeError, "v must be torch.float32 for torch.float32 .*torch.float64"),
+        (_op, "x", torch.Tensor.int, TypeError, "x must be float32, float64, .* got int32"),
+        (_op, "x", lambda x: x[0], ValueError, r"x must be \(M, D\) with contiguous rows, got shape \(6,\)"),
+        (_op, "x", columns_apart, ValueError, r"x must be \(M, D\) with contiguous rows, .*strides \(1, 4\)"),
+        (_op, "x", lambda x: x.to("meta"), ValueError, "v must be on x's device meta, got"),
+    ]
+WRONG += [
+    ("chain_bwd", "u", lambda u: u[:5], ValueError, r"u must have shape \(6, 2\), got \(5, 2\)"),
+    ("chain_bwd", "dy", lambda dy: dy[:3], ValueError, r"dy must have shape \(4, 6\), got \(3, 6\)"),
+    ("chain_bwd", "p", torch.Tensor.double, TypeError, "p must be torch.float32, got torch.float64"),
+    ("chain_bwd", "dy", columns_apart, ValueError, r"dy must be \(M, D\) with contiguous rows"),
+]
+for _op, _x in (
+    ("reflect_fwd", "x"), ("reflect_dx", "dy"), ("reflect_bwd", "x"), ("chain_bwd", "x"), ("weight_side_bwd", "x")
+):  # fmt: skip
     WRONG += [
         (_op, "v", lambda v: v[:, :5], ValueError, rf"v must be \(R, D\) with D = {_x}.* = 6, got shape \(2, 5\)"),
         (_op, "v", lambda v: v[0], ValueError, r"v must be \(R, D\) .* got shape \(6,\)"),
@@ -93,7 +117,7 @@ def test_what_a_forced_backend_does_not_serve(on_backend, device, op):
 @pytest.mark.parametrize("op", ARGUMENTS)
 def test_compilation_rejects_as_eager_does(op):
     """The shapes that tracing computes with are checked too."""
-    name = "u" if op == "wy_factor_fwd" else "v"
+    name = "v" if "v" in ARGUMENTS[op] else ARGUMENTS[op][-1]
     tensors = arguments(op, "meta", **{name: lambda tensor: tensor[0]})
     with pytest.raises(ValueError, match=f"{op}: {name} must"):
         getattr(torch.ops.hra, op)(*tensors)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.testing.tolerance import relative, rounding
 from tests.peft.models import Net, adapt, config, layer_of, seeded
 
@@ -146,6 +147,35 @@ def test_compile_several_adapters(model):
     model.add_adapter("b", config(r=2))
     model.base_model.set_adapter(["default", "b"])
     compile_parity(model, images, (4,), dynamic=False)
+
+
+@COMPILES_PEFT
+@pytest.mark.slow
+def test_compiled_graph_without_factors_follows_the_adapters(model):
+    """Its linear layers keep their factors outside (tests/operators/test_kept_chain.py)."""
+    torch._dynamo.reset()
+    model.add_adapter("b", config())
+    compiled = torch.compile(model, backend="aot_eager")
+    layers = [module for module in model.modules() if isinstance(module, ReflectionLayer)]
+    new = {name: torch.randn_like(u) for name, u in model.state_dict().items() if ".hra_u." in name}
+    seen = []
+    for change in (
+        lambda: None,
+        lambda: model.set_adapter("b"),
+        lambda: model.load_state_dict(new, strict=False),
+        lambda: model.base_model.set_adapter(["default", "b"]),
+        lambda: model.set_adapter("default"),
+        lambda: [layer.set_scale("default", 0.5) for layer in layers],
+        lambda: [layer.set_scale("default", 1) for layer in layers],
+        lambda: model.merge_adapter(["default"]),
+        lambda: model.unmerge_adapter(),
+        lambda: model.set_adapter("b"),
+    ):
+        change()
+        with torch.no_grad():
+            seen.append(compiled(images()))
+            assert relative(seen[-1], model(images())) < FLOAT32
+    assert relative(seen[-1], seen[1]) > 1000 * FLOAT32, "b has been loaded anew"
 
 
 @COMPILES_PEFT
