@@ -15,7 +15,6 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
         f"hra_kernels: PyTorch must be {'.'.join(map(str, OLDEST_TORCH))} or newer, got {torch.__version__}"
     )
 
-from hra_kernels import kept_chain  # noqa: E402, F401 - registers operators
 from hra_kernels.factor_cache import forget_factors  # noqa: E402
 from hra_kernels.functional import hra_conv2d, hra_linear, hra_weight  # noqa: E402
 from hra_kernels.ops import backend_report, reflect, reflect_chain, use_backend, wy_factor  # noqa: E402

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hra_kernels import weight_side
+from hra_kernels import kept_chain, weight_side  # noqa: F401 - kept_chain registers what compiled graphs call
 from hra_kernels.ops import attach_factor, chain_factor, in_factor_dtype, reflect, reflect_chain
 from hra_kernels.soft import Rule, Soft, bias_correction, check_side, inverse_factor, rule
 

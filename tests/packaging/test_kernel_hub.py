@@ -46,7 +46,7 @@ def load(variant, identifier):  # as kernels.importer does
 first, second = (load(*pair.split("=")) for pair in sys.argv[1:])
 assert not list(torch.ops.hra), "operators outside the build's namespace"
 assert second.reflect is not first.reflect
-x, u = torch.randn(6, 24), torch.randn(24, 4, requires_grad=True)
+x, u = torch.randn(6, 24), torch.nn.Parameter(torch.randn(24, 4))
 for hra in (first, second):
     assert not [name for name in hra.__all__ if not callable(getattr(hra, name))]
     missing = hra.backend_report()
