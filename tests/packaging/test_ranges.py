@@ -26,6 +26,13 @@ def test_pip_is_told_the_same(package, oldest):
     assert re.findall(rf'"{package}>=([\d.]+)', PYPROJECT) == [oldest]
 
 
+def test_extras_are_spelled_as_metadata_spells_them():
+    """pip before 23.3, which Python 3.11's venv brings, installs none of an extra that is written another way."""
+    others = re.findall(r'"(?!hra-kernels)[\w-]+\[([^\]]+)\]', PYPROJECT)
+    assert others
+    assert all(re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", extra) for names in others for extra in names.split(","))
+
+
 def imported_with(package, version, module):
     """(the last line of the error, this package's modules that stayed imported) of an import in a new process"""
     code = (
