@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from peft import PeftModel, TaskType
 from rich.console import Console
 from rich.progress import track
@@ -284,6 +285,7 @@ def evaluate(arguments: argparse.Namespace, console: Console | None = None) -> i
     """Exact match of greedy solutions: printed, and in --out with every solution."""
     console = console or Console(highlight=False)
     resolve(arguments, EVAL_DEFAULTS)
+    transformers.utils.logging.disable_progress_bar()
     if arguments.data:
         problems = _read(arguments.data, arguments.query, arguments.response)
     else:
