@@ -31,7 +31,7 @@ LEAST_ELEMENTS = 2**17
 
 LEAST_SHARE_SAVED, LEAST_BYTES_SAVED = 0.1, 3 * 10**8
 """Of what the input side moves on a GPU. The bytes are 100 us at 3 TB/s, an H100's copy: about as much as the weight
-side's additional launches take, one reflection and some 20 of size R x D and R x R. By count, not measured on a GPU."""
+side's additional launches take, two reflections and some 15 of size R x R or R x D. By count, not measured."""
 
 
 def pays(x: Tensor, w: Tensor, us: Sequence[Tensor]) -> bool:

@@ -159,7 +159,7 @@ def project_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
     V_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p = x vᵀ for R > BLOCK_R: one program for BLOCK_R of the columns."""
+    """p = x vᵀ: one program for BLOCK_R of the columns."""
     # one axis for all programs: a grid's others end at 65535, which rows exceed. Columns are the faster index, so that
     # the other columns' programs find x in L2
     num_r = tl.cdiv(R, BLOCK_R)
@@ -172,6 +172,10 @@ def project_kernel(
         x_ptr, v_ptr + r0.to(tl.int64) * D, offs_m * stride_xm, mask_m, D, R - r0,
         BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
     )  # fmt: skip
+    if SPLIT == 1:
+        offs_r = tl.arange(0, BLOCK_R // 2)
+        mask_r = offs_r < R
+        p = _fold(p, BLOCK_M, BLOCK_R)
     tl.store(p_ptr + (offs_m * R)[:, None] + (r0 + offs_r)[None, :], p, mask_m[:, None] & mask_r[None, :])
 
 
@@ -211,46 +215,6 @@ def backward_rows_kernel(
         offs_j = offs_k
     offsets = (offs_k * stride_ti)[:, None] + (offs_j * stride_tj)[None, :]
     tl.store(dt_ptr + pid.to(tl.int64) * R * R + offsets, -acc_dm, mask_k[:, None] & (offs_j < R)[None, :])
-
-
-@triton.jit(do_not_specialize=["M"])
-def weight_side_rows_kernel(
-    qn_ptr, s_ptr, c_ptr, dx_ptr, x_ptr, v_ptr, t_ptr, n_ptr,    # (M, R) (M, R) (programs, R, R) (M, D) (M, D) (R, D)
-    M, D, R, stride_dxm, stride_xm, stride_ti, stride_tj,        # t and n (R, R), n contiguous
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
-    V_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """q n for q = dx vᵀ, s = p tᵀ for p = x vᵀ, and each program's share of c = pᵀ q; R <= BLOCK_R."""
-    pid = tl.program_id(0)
-    offs_r, mask_r, _ = _rank_offsets(R, BLOCK_R, SPLIT)
-    offs_k = tl.arange(0, BLOCK_R)
-    mask_k = offs_k < R
-    acc_c = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
-        offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < M
-        offsets = (offs_m * R)[:, None] + offs_k[None, :]
-        mask = mask_m[:, None] & mask_k[None, :]
-        p = _project(
-            x_ptr, v_ptr, offs_m * stride_xm, mask_m, D, R,
-            BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
-        )  # fmt: skip
-        q = _project(
-            dx_ptr, v_ptr, offs_m * stride_dxm, mask_m, D, R,
-            BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
-        )  # fmt: skip
-        # rows that repeat themselves with SPLIT = 1, as the columns of p and q do
-        t_t = _load_m(t_ptr, stride_tj, stride_ti, offs_r, mask_r, offs_k, mask_k)
-        tl.store(s_ptr + offsets, tl.dot(p, t_t, input_precision=PRECISION), mask)
-        n = _load_m(n_ptr, R, 1, offs_r, mask_r, offs_k, mask_k)
-        tl.store(qn_ptr + offsets, tl.dot(q, n, input_precision=PRECISION), mask)
-        acc_c = tl.dot(tl.trans(p), q, acc_c, input_precision=PRECISION)
-    if SPLIT == 1:
-        offs_k = tl.arange(0, BLOCK_R // 2)
-        acc_c = tl.sum(tl.reshape(_fold(acc_c, BLOCK_R, BLOCK_R), (2, BLOCK_R // 2, BLOCK_R // 2)), axis=0)
-    offsets = (offs_k * R)[:, None] + offs_k[None, :]
-    mask = (offs_k < R)[:, None] & (offs_k < R)[None, :]
-    tl.store(c_ptr + pid.to(tl.int64) * R * R + offsets, acc_c, mask)
 
 
 @triton.jit

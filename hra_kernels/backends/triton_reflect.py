@@ -113,11 +113,11 @@ def _product(
     return Launch(triton_launch.kernels().product_kernel, grid, tensors, arguments)
 
 
-def _project(p: str, x: str, rows: Rows, stride_xm: int) -> Launch:
+def _project(p: str, x: str, v: str, rows: Rows, stride_xm: int) -> Launch:
     """p = x vᵀ"""
-    config = _config("project", rows)
+    config = _config("project" if rows.R > FUSED_BACKWARD_RANK else "backward_rows", rows)
     grid = (cdiv(rows.R, FUSED_RANK) * cdiv(rows.M, config.block_m),)
-    tensors = {"p_ptr": p, "x_ptr": x, "v_ptr": "v"}
+    tensors = {"p_ptr": p, "x_ptr": x, "v_ptr": v}
     return _launch("project_kernel", config, grid, rows, tensors, stride_xm=stride_xm, V_SCALE=v_scale(rows.dtype))
 
 
@@ -162,7 +162,7 @@ def _reflect_plan(rows: Rows, stride_xm: int, t_strides: tuple[int, int], transp
     if R > FUSED_RANK:
         p, m = Matrix("p", M, R, (R, 1)), _m(rows, t_strides, transpose)
         launches = [
-            _project("p", "x", rows, stride_xm),
+            _project("p", "x", "v", rows, stride_xm),
             _product("s", p, m),
             _combine("y", "x", "s", rows, stride_xm),
         ]
@@ -199,7 +199,7 @@ def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> t
 
 
 def _rows_bwd(
-    rows: Rows, stride_dym: int, t_strides: tuple[int, int], transpose: bool
+    rows: Rows, stride_dym: int, t_strides: tuple[int, int], transpose: bool, v: str = "v"
 ) -> tuple[list[Launch], dict[str, tuple]]:
     """q mᵀ and s = p m (M, R) for q = dy vᵀ, and dt (parts, R, R), from dy, v, t and p; and their scratch."""
     M, _, R, dtype, _ = rows
@@ -209,7 +209,7 @@ def _rows_bwd(
         config = _config("backward_rows", rows)
         parts = min(cdiv(M, config.block_m), tuning.ROW_PROGRAMS)
         tensors = {
-            "qm_ptr": "qm", "s_ptr": "s", "dt_ptr": "dt_parts", "dy_ptr": "dy", "v_ptr": "v", "p_ptr": "p",
+            "qm_ptr": "qm", "s_ptr": "s", "dt_ptr": "dt_parts", "dy_ptr": "dy", "v_ptr": v, "p_ptr": "p",
             "m_ptr": "t",
         }  # fmt: skip
         launches = [_launch(
@@ -222,7 +222,7 @@ def _rows_bwd(
         scratch["q"] = ((M, R), torch.float32)
         m, p, q = _m(rows, t_strides, transpose), Matrix("p", M, R, (R, 1)), Matrix("q", M, R, (R, 1))
         launches = [
-            _project("q", "dy", rows, stride_dym),
+            _project("q", "dy", v, rows, stride_dym),
             _product("qm", q, m.mT),
             _product("s", p, m),
             _product("dt_parts", p.mT, q, parts, -1.0, (stride_ti, stride_tj)),
@@ -282,10 +282,8 @@ def _bwd_parts(
     return [*launches, columns], scratch | {"dv_parts": (shape, torch.float32)}
 
 
-@planned
-def _bwd_plan(rows: Rows, stride_dym: int, stride_xm: int, t_strides: tuple[int, int], transpose: bool) -> Launches:
-    """Of dx, dv, dt, dy, x, v, t and p."""
-    launches, scratch = _bwd_parts(rows, stride_dym, stride_xm, t_strides, None, transpose)
+def _with_sums(rows: Rows, launches: list[Launch], scratch: dict[str, tuple]) -> Launches:
+    """dv and dt beside what the launches give, of their parts in the scratch."""
     counts = {name: scratch[f"{name}_parts"][0][0] for name in ("dv", "dt")}
     sizes = {"dv": rows.R * rows.D, "dt": rows.R**2}
     for name, count in counts.items():
@@ -302,6 +300,12 @@ def _bwd_plan(rows: Rows, stride_dym: int, stride_xm: int, t_strides: tuple[int,
         tensors = {"dv_ptr": "dv", "dt_ptr": "dt"} | parts
         launches.append(Launch(triton_launch.kernels().sum_kernel, (programs,), tensors, arguments))
     return Launches(rows.device, launches, scratch)
+
+
+@planned
+def _bwd_plan(rows: Rows, stride_dym: int, stride_xm: int, t_strides: tuple[int, int], transpose: bool) -> Launches:
+    """Of dx, dv, dt, dy, x, v, t and p."""
+    return _with_sums(rows, *_bwd_parts(rows, stride_dym, stride_xm, t_strides, None, transpose))
 
 
 def _in_place(launch: Launch, old: str, new: str) -> Launch:
@@ -353,55 +357,30 @@ def chain_bwd(
 
 
 @planned
-def _weight_side_plan(
-    rows: Rows, stride_dxm: int, stride_xm: int, t_strides: tuple[int, int]
-) -> tuple[Launches, tuple[int, int, int], int]:
-    """Of c (parts, R, R), dv (parts, R, D), dx, x, v, t and n; the shape of dv, and how many parts c has."""
-    M, _, R, dtype, device = rows
-    scratch = {name: ((M, R), torch.float32) for name in ("qm", "s")}
-    if R <= FUSED_BACKWARD_RANK:
-        config = _config("backward_rows", rows)
-        parts = min(cdiv(M, config.block_m), tuning.ROW_PROGRAMS)
-        tensors = {
-            "qn_ptr": "qm", "s_ptr": "s", "c_ptr": "dt_parts", "dx_ptr": "dy", "x_ptr": "x", "v_ptr": "v", "t_ptr": "t",
-            "n_ptr": "n",
-        }  # fmt: skip
-        launches = [_launch(
-            "weight_side_rows_kernel", config, (parts,), rows, tensors, stride_dxm=stride_dxm, stride_xm=stride_xm,
-            stride_ti=t_strides[0], stride_tj=t_strides[1], V_SCALE=v_scale(dtype),
-        )]  # fmt: skip
-    else:
-        parts = min(cdiv(M, 512), 64)
-        scratch |= {name: ((M, R), torch.float32) for name in ("p", "q")}
-        p, q = Matrix("p", M, R, (R, 1)), Matrix("q", M, R, (R, 1))
-        launches = [
-            _project("p", "x", rows, stride_xm),
-            _project("q", "dy", rows, stride_dxm),
-            _product("s", p, Matrix("t", R, R, t_strides).mT),
-            _product("qm", q, Matrix("n", R, R, (R, 1))),
-            _product("dt_parts", p.mT, q, parts),
-        ]
+def _weight_side_plan(rows: Rows, stride_dxm: int, stride_xm: int, t_strides: tuple[int, int]) -> Launches:
+    """Of dv, dt, dy, which is dx, x, v, v Q and t."""
+    launches, scratch = _rows_bwd(rows, stride_dxm, t_strides, True, v="vq")
+    parts = scratch["dt_parts"][0][0]
     columns, shape = _columns_bwd(rows, stride_dxm, stride_xm, None, parts, need_dx=False)
-    return Launches(device, [*launches, columns], scratch), shape, parts
+    scratch |= {"p": ((rows.M, rows.R), torch.float32), "dv_parts": (shape, torch.float32)}
+    return _with_sums(rows, [_project("p", "x", "v", rows, stride_xm), *launches, columns], scratch)
 
 
 def weight_side_bwd(dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """dv (R, D) and dt (R, R) of `reference.weight_side_bwd`, whose E and F are two sums over the rows.
+    """dv (R, D) and dt (R, R) of `reference.weight_side_bwd`: two reads of x and of dx.
 
-    dv = -(t E + tᵀ k F) + t c tᵀ v, of which the sums of the kernels are all but the last term: t E = (p tᵀ)ᵀ dx, and
-    tᵀ k F = (q n)ᵀ x for n = kᵀ t. Two reads of x and of dx. What is of size R here is float64, which has no tf32.
+    They are those of `reflect_bwd` for dy = dx Qᵀ, which is not formed. Its q = dy vᵀ is dx (v Q)ᵀ, from which dt
+    follows and, with s = p tᵀ and c = pᵀ dx vᵀ, the one sum over dy: sᵀ dy = sᵀ dx - t c tᵀ v, t c tᵀ = t dtᵀ t.
     """
     (M, D), R = x.shape, v.shape[0]
     _require_int_offsets("weight_side_bwd", D, R)
+    dv, dt = triton_launch.empty_like(v, R, D), triton_launch.empty_like(t, R, R)
     if x.numel() == 0 or R == 0:
-        return torch.zeros_like(v), torch.zeros_like(t)
-    wide_v, wide_t = v.double(), t.double()
-    k = torch.eye(R, dtype=torch.float64, device=v.device) - wide_v @ wide_v.mT @ wide_t
-    rows = Rows(M, D, R, x.dtype, x.device)
-    launches, shape, parts = _weight_side_plan(rows, dx.stride(0), x.stride(0), t.stride())
-    dv_parts, c_parts = triton_launch.empty_like(v, *shape), triton_launch.empty_like(t, parts, R, R)
-    n = (k.mT @ wide_t).to(t.dtype).contiguous()
-    launches(dt_parts=c_parts, dv_parts=dv_parts, dy=dx, x=x, v=v.contiguous(), t=t, n=n)
-    c = c_parts.sum(0, dtype=torch.float64)
-    dv = dv_parts.sum(0) + (wide_t @ c @ wide_t.mT @ wide_v).to(v.dtype)
-    return dv, (-k @ c.mT).to(t.dtype)
+        return dv.zero_(), dt.zero_()
+    v = v.contiguous()
+    vq, _ = reflect(v, v, t, transpose=False, need_p=False)
+    launches = _weight_side_plan(Rows(M, D, R, x.dtype, x.device), dx.stride(0), x.stride(0), t.stride())
+    launches(dv=dv, dt=dt, dy=dx, x=x, v=v, vq=vq, t=t)
+    wide_t = t.double()  # float64 products have no tf32
+    dv += wide_t @ dt.mT.double() @ wide_t @ v.double()
+    return dv, dt

@@ -206,7 +206,7 @@ class Compiled:
 
 MATRIX_KERNELS = {
     "reflect_kernel", "project_kernel", "backward_rows_kernel", "backward_columns_kernel", "combine_kernel",
-    "product_kernel", "weight_side_rows_kernel",
+    "product_kernel",
 }  # fmt: skip
 
 

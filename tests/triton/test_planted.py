@@ -194,14 +194,17 @@ def test_bug_in_a_float32_result_is_rejected(bug, tmp_path, monkeypatch):
 
 
 WEIGHT_SIDE = [
-    Bug("s by t untransposed", "_load_m(t_ptr, stride_tj, stride_ti,", "_load_m(t_ptr, stride_ti, stride_tj,"),
-    Bug("q by n transposed", "_load_m(n_ptr, R, 1,", "_load_m(n_ptr, 1, R,"),
-    Bug("c transposed", "acc_c = tl.dot(tl.trans(p), q, acc_c,", "acc_c = tl.dot(tl.trans(q), p, acc_c,"),
-    Bug("p of dx", "            x_ptr, v_ptr, offs_m * stride_xm,", "            dx_ptr, v_ptr, offs_m * stride_xm,"),
     Bug(
-        "halves of c not all added",
-        "acc_c = tl.sum(tl.reshape(_fold(acc_c",
-        "acc_c = tl.max(tl.reshape(_fold(acc_c",
+        "s by m transposed",
+        "_load_m(m_ptr, stride_mi, stride_mj, offs_k",
+        "_load_m(m_ptr, stride_mj, stride_mi, offs_k",
+    ),
+    Bug("q by m", "mt = _load_m(m_ptr, stride_mj, stride_mi,", "mt = _load_m(m_ptr, stride_mi, stride_mj,"),
+    Bug("dt not negated", "-acc_dm", "acc_dm"),
+    Bug(
+        "halves of p not added",
+        "p = _fold(p, BLOCK_M, BLOCK_R)",
+        "p = tl.max(tl.reshape(p, (BLOCK_M, 2, BLOCK_R // 2)), axis=1)",
         RANDOM,
         torch.bfloat16,
     ),
