@@ -119,8 +119,8 @@ def gram_splits(rank: int) -> int:
 
 
 def factor_warps(block_r: int) -> int:
-    """Warps of `chain_factor_kernel` and `gram_schmidt_kernel`, which hold 16 x R float64: 4 spill at R = 256."""
-    return 8 if block_r > 128 else 4
+    """Warps of `chain_factor_kernel` and `gram_schmidt_kernel`, which hold 16 x R float64: at R = 256, 4 or 8 spill."""
+    return 16 if block_r > 128 else 4
 
 
 @functools.cache
