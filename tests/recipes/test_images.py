@@ -265,6 +265,12 @@ def test_digits(default_data):
     assert parts["train"].labels.bincount().min() > 350
 
 
+def test_held_out_digits_are_of_all_kinds(default_data):
+    held = control._held_out(None, "canny", 0)[1]
+    for part in (held[0::2][: control.HELD_OUT], held[1::2][: control.HELD_OUT]):
+        assert {example.prompt for example in part} == {digits.prompt(name) for name in digits.NAMES}
+
+
 def test_made_once(tmp_path):
     calls = []
 

@@ -139,7 +139,9 @@ def _digits(part: str) -> list[Example]:
 def _held_out(data: str | None, kind: str, seed: int) -> tuple[list[Example], list[Example]]:
     """(examples to train on, examples held out)."""
     if data is None:
-        return _digits("train"), _digits("held out")
+        held = _digits("held out")
+        random.Random(seed).shuffle(held)  # the data is sorted by digit
+        return _digits("train"), held
     path = Path(data)
     if path.is_dir():
         for name in ("train.jsonl", "val.jsonl"):
