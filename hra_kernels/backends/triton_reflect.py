@@ -115,7 +115,7 @@ def _product(
 
 def _project(p: str, x: str, v: str, rows: Rows, stride_xm: int) -> Launch:
     """p = x vᵀ"""
-    config = _config("project" if rows.R > FUSED_BACKWARD_RANK else "backward_rows", rows)
+    config = _config("project", rows)
     grid = (cdiv(rows.R, FUSED_RANK) * cdiv(rows.M, config.block_m),)
     tensors = {"p_ptr": p, "x_ptr": x, "v_ptr": v}
     return _launch("project_kernel", config, grid, rows, tensors, stride_xm=stride_xm, V_SCALE=v_scale(rows.dtype))
@@ -247,7 +247,7 @@ def _columns_bwd(
     With u_strides: ds, scale and phi for the gradient of u too, of the chain's plan.
     """
     D, R = rows.D, rows.R
-    config = _config("backward_columns" if R <= FUSED_RANK else "backward_dv", rows)
+    config = _config("backward_columns" if need_dx else "backward_dv", rows)
     rows_per_split, splits = _column_splits(rows, config.block_m, config.block_d)
     chain = u_strides is not None
     tensors = {
