@@ -94,6 +94,7 @@ def test_every_method_is_right_and_timed(name):
         assert row["seconds"]["median"] > 0 and max(row["error"].values()) < rounding(SHAPE.D, 8)
 
 
+@pytest.mark.slow
 def test_every_shape_is_compiled(monkeypatch):
     compile_one = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_one(function, backend="eager", **options))

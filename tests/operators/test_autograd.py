@@ -155,7 +155,7 @@ def test_opcheck(on_backend, op, dtype):
     torch.library.opcheck(getattr(torch.ops.hra, op).default, arguments[op])
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_is_one_graph_for_every_batch_size(compiler):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(compiler)

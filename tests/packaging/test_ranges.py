@@ -45,6 +45,7 @@ def imported_with(package, version, module):
     return error, left.split()
 
 
+@pytest.mark.slow
 def test_an_older_torch():
     version = "2.5.1+cu124"
     error, left = imported_with("torch", version, "hra_kernels")
@@ -52,6 +53,7 @@ def test_an_older_torch():
     assert not left
 
 
+@pytest.mark.slow
 def test_an_older_peft():
     error, left = imported_with("peft", "0.18.1", "hra_kernels.peft")
     assert error.startswith("hra_kernels.peft: PEFT must be 0.19 to 0.21, got 0.18.1")

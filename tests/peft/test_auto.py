@@ -34,6 +34,7 @@ def program(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_import_is_enough():
     done = run("-c", "import hra_kernels.peft.auto\n" + PROGRAM)
     assert done.stdout == "__main__ hra_kernels []\n", done.stderr

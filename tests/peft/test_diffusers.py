@@ -191,6 +191,7 @@ def test_experts_are_scaled():
         assert relative(out, (base @ dense_q(chain_power(chain, False, 0.7))).mT) < FLOAT32
 
 
+@pytest.mark.slow
 def test_compiled(net, x):
     at_scale(net, 0.7)
     y = net(x)

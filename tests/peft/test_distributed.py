@@ -55,6 +55,7 @@ def outcomes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.slow
 def test_sharded(outcomes, check):
     assert outcomes[check] == [""] * PROCESSES, "\n".join(outcomes[check])
 

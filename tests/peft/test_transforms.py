@@ -143,6 +143,7 @@ def test_compile_follows_the_optimizer(model):
 
 
 @COMPILES_PEFT
+@pytest.mark.slow
 def test_compile_several_adapters(model):
     model.add_adapter("b", config(r=2))
     model.base_model.set_adapter(["default", "b"])
@@ -311,6 +312,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_ddp(tmp_path):
     """In a process of its own, left by _exit: tearing a gloo group down can wait for ever on its own threads."""
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}

@@ -49,6 +49,7 @@ def test_trained_saved_and_evaluated(job, tmp_path, capsys):
     assert [row["wanted"].isdigit() for row in found["solutions"]] == 5 * [True]
 
 
+@pytest.mark.slow
 def test_official_layer(job, tmp_path):
     """The output side with ε, λ times the penalty of its unit columns; nothing of PEFT's own HRA to compare with."""
     rows = {}

@@ -111,6 +111,7 @@ def test_resumed(job, tmp_path, monkeypatch, capsys):
     assert "expected checkpoints of an interrupted run" in said(capsys, [*longer, "--resume"], 2)
 
 
+@pytest.mark.slow
 def test_resumed_after_the_last_step(job, tmp_path, monkeypatch, capsys):
     out, longer = tmp_path / "out", [*job, "--steps", "4", "--batch-size", "16"]
     assert cli.main(longer) == 0

@@ -64,7 +64,7 @@ PLANTED = [
 ]
 
 
-QUICK = (does_not_launch, scales_dv)
+QUICK = (does_not_launch,)
 ROWS = [pytest.param(*row, id=row[1].__name__, marks=[] if row[1] in QUICK else pytest.mark.slow) for row in PLANTED]
 
 
