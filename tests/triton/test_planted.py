@@ -101,7 +101,7 @@ BUGS = [
     Bug("du without the pair's term", "acc_a += ((above - below) / phi)[:, None] * v.to(tl.float64)", "acc_a += 0.0"),
     Bug("du of a pair not mixed", "acc_a -= tl.where(has_both[:, None], acc_b, 0.0)", "acc_a -= 0.0"),
     Bug("partial sums of dv lost", "for part in range(0, num_parts):", "for part in range(0, 1):"),
-    Bug("no pair but the first", "first = 2 * ((job - 1) * BLOCK_P +", "first = 2 * (0 * BLOCK_P +"),
+    Bug("no pair but the first", "first = 2 * (pair * BLOCK_P +", "first = 2 * (0 * BLOCK_P +"),
     Bug(
         "ds not transposed", "t = tl.load(t_ptr + offs_j * R + k, mask_j", "t = tl.load(t_ptr + k * R + offs_j, mask_j"
     ),
