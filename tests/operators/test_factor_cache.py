@@ -15,16 +15,6 @@ from hra_kernels.factor_cache import FactorCache
 from hra_kernels.nn import HRAConv2d, HRALinear
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """A list with one entry for each factor computed."""
-    calls = []
-    monkeypatch.setattr(
-        factor_cache, "chain_factor", lambda us, *rest: calls.append(len(us)) or ops.chain_factor(us, *rest)
-    )
-    return calls
-
-
 def layer_and_input():
     torch.manual_seed(0)
     return HRALinear(nn.Linear(16, 8), r=4), torch.randn(5, 16)

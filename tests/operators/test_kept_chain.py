@@ -25,16 +25,6 @@ def nothing_compiled():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """A list with one entry for each factor computed."""
-    calls = []
-    monkeypatch.setattr(
-        factor_cache, "chain_factor", lambda us, *rest: calls.append(len(us)) or ops.chain_factor(us, *rest)
-    )
-    return calls
-
-
 def layer_and_input(apply_gs=False):
     torch.manual_seed(0)
     return HRALinear(nn.Linear(D, 8), r=R, apply_gs=apply_gs, init_weights=False), torch.randn(M, D)
