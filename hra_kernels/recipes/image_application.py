@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
-from hra_kernels.recipes import diffusion, images, job
+from hra_kernels.recipes import diffusion, digits, images, job
 from hra_kernels.recipes.application import Application, Metric
 from hra_kernels.recipes.base import Batch
 from hra_kernels.recipes.diffusion import Generator
@@ -39,6 +40,25 @@ class Example:
     control: Tensor | Path | None = None
 
 
+def picture_of(example: Example, side: int, channels: int) -> Tensor:
+    """(channels, side, side), read where it is a file."""
+    picture = example.picture
+    return images.read(picture, side, channels) if isinstance(picture, Path) else picture
+
+
+def open_base(arguments: argparse.Namespace, controlled: bool = False) -> tuple[Generator, digits.Recipe]:
+    """The generator of --model, by default one of digits, trained now if it has not been, and the recipe of that one.
+
+    --resolution becomes the generator's own where it is not given.
+    """
+    recipe = digits.QUICK_GENERATOR if arguments.quick else digits.GENERATOR
+    console = Console(highlight=False, quiet=not job.first_process())
+    source = arguments.model or str(digits.generator(recipe, console))
+    base = Generator.open(source, arguments.seed, controlled, trained_biases=arguments.bias)
+    arguments.resolution = arguments.resolution or base.resolution
+    return base, recipe
+
+
 class ImageApplication(Application):
     """A diffusion model; its outputs are its predictions for noised pictures.
 
@@ -65,16 +85,9 @@ class ImageApplication(Application):
     # --- training -----------------------------------------------------------------------------------------------------
 
     def opened(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None]:
-        """Pictures (n, channels, H, W), and control pictures (n, 3, H, W) or None."""
-        side = self.arguments.resolution
-        pictures = [self._open(each.picture, side, self.base.channels) for each in examples]
-        if not self.base.control:
-            return torch.stack(pictures), None
-        return torch.stack(pictures), torch.stack([self._open(each.control, side, 3) for each in examples])
-
-    @staticmethod
-    def _open(picture: Tensor | Path, side: int, channels: int) -> Tensor:
-        return images.read(picture, side, channels) if isinstance(picture, Path) else picture
+        """Pictures (n, channels, H, W), and control pictures (n, 3, H, W), here None."""
+        side, channels = self.arguments.resolution, self.base.channels
+        return torch.stack([picture_of(each, side, channels) for each in examples]), None
 
     def batch(self, examples: Sequence[Example], numbers: Sequence[int], **rest) -> Batch:
         pictures, controls = self.opened(examples)

@@ -21,7 +21,7 @@ import hra_kernels.peft
 from hra_kernels.recipes import RecipeError, control_metrics, diffusion, digits, images, job, refusing
 from hra_kernels.recipes.application import Settings
 from hra_kernels.recipes.diffusion import Generator
-from hra_kernels.recipes.image_application import IMAGE_OPTIONS, Example, ImageApplication
+from hra_kernels.recipes.image_application import IMAGE_OPTIONS, Example, ImageApplication, open_base, picture_of
 from hra_kernels.recipes.options import ADAPTER, COMMON_BUT_LENGTH, MODEL, TRAINING, option, positive, resolve
 from hra_kernels.recipes.saving import written_whole
 from hra_kernels.recipes.text_data import rows_of
@@ -190,9 +190,7 @@ class Control(ImageApplication):
 
 def opened(example: Example, side: int, channels: int, kind: str) -> tuple[Tensor, Tensor]:
     """The picture (channels, side, side) and its control (3, side, side)."""
-    picture = example.picture
-    if isinstance(picture, Path):
-        picture = images.read(picture, side, channels)
+    picture = picture_of(example, side, channels)
     if example.control is None:
         return picture, images.edges(picture)
     return picture, images.read(example.control, side, 3, nearest=kind == "segm")
@@ -208,11 +206,7 @@ def open_application(arguments: argparse.Namespace) -> Control:
     if arguments.data is None and arguments.control != "canny":
         raise RecipeError(f"--control {arguments.control}: expected with --model and --data; digits have edges alone")
     train, held = _held_out(arguments.data, arguments.control, arguments.seed)
-    recipe = digits.QUICK_GENERATOR if arguments.quick else digits.GENERATOR
-    console = Console(highlight=False, quiet=not job.first_process())
-    source = arguments.model or str(digits.generator(recipe, console))
-    base = Generator.open(source, arguments.seed, controlled=True, trained_biases=arguments.bias)
-    arguments.resolution = arguments.resolution or base.resolution
+    base, recipe = open_base(arguments, controlled=True)
     count = QUICK_HELD_OUT if arguments.quick else HELD_OUT
     examples = {"train": train, "validation": held[0::2][:count], "test": held[1::2][:count]}
     opened(train[0], arguments.resolution, base.channels, arguments.control)  # refuses now

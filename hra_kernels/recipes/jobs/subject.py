@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from hra_kernels.recipes import RecipeError, digits, dreambooth, images, job, similarity
 from hra_kernels.recipes.application import Settings
 from hra_kernels.recipes.base import Batch
-from hra_kernels.recipes.diffusion import Generator
-from hra_kernels.recipes.image_application import IMAGE_OPTIONS, Example, ImageApplication
+from hra_kernels.recipes.image_application import IMAGE_OPTIONS, Example, ImageApplication, open_base
 from hra_kernels.recipes.options import ADAPTER, COMMON_BUT_LENGTH, MODEL, TRAINING, option, positive, resolve
 from hra_kernels.recipes.saving import written_whole
 
@@ -193,13 +192,9 @@ def open_application(arguments: argparse.Namespace) -> Subject:
     preset = PRESETS.get(arguments.preset, {})
     resolve(arguments, preset, QUICK if arguments.quick else {}, *own, DEFAULTS)
     folder, noun, prompt = _said(arguments)
-    console = Console(highlight=False, quiet=not job.first_process())
     if (arguments.model is None) != (folder is None):
         raise RecipeError("--model, --data: expected both, or neither for the default generator and its digits")
-    quick = digits.QUICK_GENERATOR if arguments.quick else digits.GENERATOR
-    source = arguments.model or str(digits.generator(quick, console))
-    base = Generator.open(source, arguments.seed, trained_biases=arguments.bias)
-    arguments.resolution = arguments.resolution or base.resolution
+    base, recipe = open_base(arguments)
     text = f"a photo of {arguments.token} {noun}"
     if folder is None:
         parts = {part: list(digits.load()[part].pictures) for part in ("subject", "validation", "test")}
@@ -220,7 +215,7 @@ def open_application(arguments: argparse.Namespace) -> Subject:
         app.judge, app.similarity = digits.judge(), similarity.efficientnet()
         right = " and ".join(f"{100 * value:.0f} % of {name}" for name, value in digits.judged(app.judge).items())
         app.notes = (
-            f"The generator ({quick.steps} steps) is self-trained, on digits without crossed sevens. The judge is a "
+            f"The generator ({recipe.steps} steps) is self-trained, on digits without crossed sevens. The judge is a "
             f"small classifier, right on {right} that it has not seen; similarity is the mean cosine of features of "
             "EfficientNet-Lite0 with those of held-out crossed sevens.",
         )
