@@ -7,13 +7,16 @@ Operators, whose every case has an exact answer and a naive chain beside it (`as
 
 `exact` is the explicit chain in float64 on the very same (low-precision) inputs. k is 1 for bfloat16 and float16, where
 we accumulate in float32 and so must beat the naive chain, 4 for float32, and 8 for float64, whose Gram matrix has no
-wider dtype to be computed in. The last term absorbs luck in tiny cases; its scale is max|exact| in the max norm and 1
-in the relative Frobenius norm. The rule holds in both norms, for y and for every gradient: the Frobenius norm misses
-one masked row, the max norm misses a small error everywhere.
+wider dtype to be computed in. Two terms absorb luck in small cases: rounding costs in the max norm at least half a unit
+in the last place of the largest entry, though that one may happen to be representable; and the last term, whose scale
+is max|exact| in the max norm and 1 in the relative Frobenius norm. The rule holds in both norms, for y and for every
+gradient: the Frobenius norm misses one masked row, the max norm misses a small error everywhere.
 
 Layers and models, which are compared with another way to the same result: `rounding`, from sizes and dtype alone.
 Chains that must be orthogonal: `orthogonality`.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -41,10 +44,16 @@ def allowed(naive: Tensor, exact: Tensor, dtype: torch.dtype, out_dtype: torch.d
     naive_errors, rounding = errors(naive, exact), errors(exact.to(out_dtype), exact)
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     scale = {"max": exact.abs().max().item() if exact.numel() else 0.0, "frobenius": 1.0}
+    rounding["max"] = max(rounding["max"], _half_last_place(scale["max"], out_dtype))
     factor = NAIVE_FACTOR[dtype]
     return {
         norm: max(factor * naive_errors[norm], 2 * rounding[norm]) + 4 * rank * unit * scale[norm] for norm in scale
     }
+
+
+def _half_last_place(value: float, dtype: torch.dtype) -> float:
+    """What rounding a number of this size to `dtype` costs at most."""
+    return math.ldexp(torch.finfo(dtype).eps, math.frexp(value)[1] - 2) if value else 0.0
 
 
 def violations(

@@ -19,7 +19,7 @@ from hra_kernels.testing.cases import (
     make_u,
 )
 from hra_kernels.testing.cases import naive as naive_chain
-from hra_kernels.testing.tolerance import assert_accurate
+from hra_kernels.testing.tolerance import assert_accurate, violations
 
 SLOW_BACKENDS = {"triton", "cuda-emulated"}
 """Where these run on a CPU, they interpret: they get the small cases."""
@@ -241,3 +241,13 @@ def test_non_finite_shows(on_backend, where, value, device, dtype):
     (x if where == "x" else u)[3, 2] = value
     bad = ~ops.reflect_chain(x, [u], [False], transpose=True).isfinite().all(1)
     assert bad.tolist() == ([True] * 5 if where == "u" else [False, False, False, True, False])
+
+
+def test_the_rule_allows_two_roundings_of_an_entry_that_happens_to_be_representable():
+    """Those of a layer, before its reflections and after; the largest entry of a row may need none."""
+    exact = torch.full((1, 1024), 0.3, dtype=torch.float64)
+    exact[0, 0] = 2.0
+    got, last_place = exact.bfloat16(), 2 * torch.finfo(torch.bfloat16).eps
+    for places, right in ((1, True), (2, False)):
+        got[0, 0] = 2.0 + places * last_place
+        assert (not violations({"y": got}, {"y": exact}, {"y": exact}, torch.bfloat16, rank=1)) is right
