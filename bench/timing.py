@@ -1,9 +1,9 @@
 """How time and memory are taken.
 
 Time    Every variant is warmed up, then measured in the rounds of `hra_kernels.measuring.stopwatch`.
-Inputs  are made before; parameters are touched (their version changes, their values do not) before every call, outside
-        the clock, so that nothing computed from parameters can be carried from one call to the next: each call is the
-        first micro-batch after an optimizer step.
+Inputs  are made before; parameters are touched (the sign of their values changes, and so their version) before every
+        call, outside the clock, so that nothing computed from parameters can be carried from one call to the next: each
+        call is the first micro-batch after an optimizer step.
 GPU     Several input sets, together at least twice the L2 cache, are cycled through. All of them are captured in one
         CUDA graph; what waits for the GPU, or cannot be captured for another reason, is queued behind a sleeping kernel
         so that the host's gaps are not timed. `host_seconds` is the other number: plain calls from Python, with the
@@ -40,13 +40,13 @@ class Variant:
 
 
 def touch_parameters(parameters: Iterable[Tensor]) -> Callable[[], None]:
-    """A `Variant.touch` that gives each parameter a new version and the same values."""
+    """A `Variant.touch` that gives each parameter other values, of the same magnitude, and a new version."""
     parameters = list(parameters)
 
     def touch() -> None:
         with torch.no_grad():
             for parameter in parameters:
-                parameter.add_(0)
+                parameter.neg_()  # a version alone does not tell who compares values (`factor_cache`, on a CPU)
 
     return touch
 

@@ -333,7 +333,8 @@ def chain_factor(
         checks.check_u("chain_factor", u)
     with torch.no_grad():
         us = in_factor_dtype(us, dtype)
-        wy_factor = torch.ops.hra.wy_factor_fwd
+        # every layer comes here after every step of an optimizer: the dispatcher takes longer than a small factor
+        wy_factor = operators.wy_factor_fwd if is_eager(*us) else torch.ops.hra.wy_factor_fwd
         return join_factors([factor_by_rule(wy_factor, u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 

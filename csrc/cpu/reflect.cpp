@@ -69,6 +69,7 @@ struct Backward {
   const ReflectBwdParams& params;
   int tasks;
   bool wants_dx, wants_dv, wants_dt;
+  bool dv_in_place;  // a single task sums dv in dv_ptr, if its tiles write nothing beyond R and D
   int64_t stride_s, stride_dv, packed, sums, p, q, a, b, m, m_flipped, dv, dm;
   Scratch scratch;
 
@@ -81,7 +82,8 @@ struct Backward {
     const Packed<C> shape{nullptr, R, D};
     tasks = count_tasks(params.M, D, R, num_threads);
     stride_s = round_up(R, larger(kGroup, kLanes<C>));
-    stride_dv = odd_lines<C>(shape.vecs());
+    dv_in_place = tasks == 1 && params.M > 0 && D % kLanes<C> == 0 && R % kGroup == tile_rows(R % kGroup) % kGroup;
+    stride_dv = dv_in_place ? D : odd_lines<C>(shape.vecs());
     packed = scratch.add<C>(shape.size());
     sums = scratch.add<Vec<C>>(round_up(R, kGroup) * kMaxBlockRows);
     p = scratch.add<C>(kMaxBlockRows * stride_s);
@@ -90,7 +92,7 @@ struct Backward {
     b = scratch.add<C>(kMaxBlockRows * stride_s);
     m = scratch.add<C>(R * stride_s);
     m_flipped = scratch.add<C>(R * stride_s);
-    dv = scratch.add<C>(wants_dv ? round_up(R, kGroup) * stride_dv : 0);
+    dv = scratch.add<C>(wants_dv && !dv_in_place ? round_up(R, kGroup) * stride_dv : 0);
     dm = scratch.add<C>(round_up(R, kGroup) * stride_s);
     scratch.allocate(tasks);
   }
@@ -104,14 +106,15 @@ struct Backward {
     C* const b_block = scratch.get<C>(task, b);
     C* const minus_m = scratch.get<C>(task, m);
     C* const minus_m_flipped = scratch.get<C>(task, m_flipped);
-    C* const dv_sum = scratch.get<C>(task, dv);
+    C* const dv_sum = dv_in_place ? static_cast<C*>(params.dv_ptr) : scratch.get<C>(task, dv);
     C* const dm_sum = scratch.get<C>(task, dm);
     C* const panels = scratch.get<C>(task, packed);
     const Block<T> block{{panels, R, D}, stride_s, scratch.get<Vec<C>>(task, sums)};
     pack(panels, block.v, static_cast<const C*>(params.v_ptr));
     negated(minus_m, static_cast<const C*>(params.t_ptr), R, stride_s, params.transpose);
     negated(minus_m_flipped, static_cast<const C*>(params.t_ptr), R, stride_s, !params.transpose);
-    if (wants_dv) std::memset(dv_sum, 0, static_cast<size_t>(round_up(R, kGroup) * stride_dv) * sizeof(C));
+    if (wants_dv && range.begin == range.end)  // else the first block of rows writes it
+      std::memset(dv_sum, 0, static_cast<size_t>(round_up(R, kGroup) * stride_dv) * sizeof(C));
     std::memset(dm_sum, 0, static_cast<size_t>(round_up(R, kGroup) * stride_s) * sizeof(C));
     std::memset(p_block, 0, static_cast<size_t>(kMaxBlockRows * stride_s) * sizeof(C));
     const int64_t step = block_rows(D, sizeof(T));
@@ -140,8 +143,9 @@ struct Backward {
         if (wants_dx)
           apply(dx, params.stride_dxm, dy, params.stride_dym, b_block, block, rows, first, last, x, params.stride_xm);
         if (wants_dv) {
-          const Outer<T, C> o{dv_sum, stride_dv,        false,    a_block, dy,           params.stride_dym, b_block,
-                              x,      params.stride_xm, stride_s, rows,    block.full(), block.tail()};
+          const Outer<T, C> o{dv_sum,      stride_dv, m0 == range.begin, a_block,  dy,   params.stride_dym,
+                              b_block,     x,         params.stride_xm,  stride_s, rows, block.full(),
+                              block.tail()};
           outer<T, true>(o, block.v, first, last);
         }
       }
@@ -185,7 +189,7 @@ void backward(const ReflectBwdParams& params, int num_threads) {
   const Backward<T> call(params, num_threads);
   run_each(call.tasks, num_threads, [&](int task) { call.run(task); });
   if (call.wants_dt) call.reduce_dt();
-  if (!call.wants_dv) return;
+  if (!call.wants_dv || call.dv_in_place) return;
   if (call.tasks * params.R * params.D < kParallelWork)
     call.reduce_dv(0, 1);
   else

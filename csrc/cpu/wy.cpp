@@ -17,66 +17,54 @@ namespace {
 constexpr double kGsRtol = 0x1p-13;            // reference.GS_RTOL
 constexpr int kSide = kManyRegisters ? 4 : 3;  // of a tile of accumulators of the Gram matrix
 constexpr int64_t kSlice = 64;                 // columns of D that the backward works on at a time
+constexpr int64_t kGramElements = 2048;        // of a slice for the Gram matrix, where it is wider: half of L1
 constexpr int64_t kPadRows = kProductRows;
 constexpr int64_t kParallelWork = 500 * 1000;  // as in reflect.cpp
 
-// The tile (i0, j0) of g (R, stride) = a bᵀ in float64; with kDiagonal, i0 = j0 and a = b, half of it is computed.
-template <bool kDiagonal, class C>
-HRA_INLINE void gram_tile(double* g, int64_t stride, const C* a, const C* b, int64_t R, int64_t D, int64_t i0,
-                          int64_t j0) {
-  constexpr int kLane = kLanes<double>;
-  const C *row_a[kSide], *row_b[kSide];
-  for (int i = 0; i < kSide; ++i) row_a[i] = a + smaller(i0 + i, R - 1) * D;
-  for (int j = 0; j < kSide; ++j) row_b[j] = b + smaller(j0 + j, R - 1) * D;
+// to (R, width) = the columns [d0, d0 + width) of a (R, D) array, zero beyond D. Rows a power of two apart would
+// compete for the same few cache lines of L1.
+template <class A, class C>
+void take_slice(A* to, const C* from, int64_t R, int64_t D, int64_t d0, int64_t width = kSlice) {
+  const int64_t count = smaller(width, D - d0);
+  for (int64_t r = 0; r < R; ++r, to += width) {
+    const C* row = from + r * D + d0;
+    for (int64_t d = 0; d < count; ++d) to[d] = static_cast<A>(row[d]);
+    for (int64_t d = count; d < width; ++d) to[d] = 0;
+  }
+}
+
+// Adds to the tile (i0, j0) of g (R, stride) that of a bᵀ, both (R, width); with kDiagonal i0 = j0 and a = b, and
+// half of it is computed.
+template <bool kDiagonal>
+HRA_INLINE void gram_tile(double* g, int64_t stride, const double* a, const double* b, int64_t R, int64_t width,
+                          int64_t i0, int64_t j0) {
+  const double *row_a[kSide], *row_b[kSide];
+  for (int i = 0; i < kSide; ++i) row_a[i] = a + smaller(i0 + i, R - 1) * width;
+  for (int j = 0; j < kSide; ++j) row_b[j] = b + smaller(j0 + j, R - 1) * width;
   Vec<double> acc[kSide][kSide] = {};
-  const auto add = [&](auto take) {
+  for (int64_t d = 0; d < width; d += kLanes<double>) {
     Vec<double> from_b[kSide];
     HRA_UNROLL
-    for (int j = 0; j < kSide; ++j) from_b[j] = take(row_b[j]);
+    for (int j = 0; j < kSide; ++j) from_b[j] = load(row_b[j] + d);
     HRA_UNROLL
     for (int i = 0; i < kSide; ++i) {
-      const Vec<double> from_a = kDiagonal ? from_b[i] : take(row_a[i]);
+      const Vec<double> from_a = kDiagonal ? from_b[i] : load(row_a[i] + d);
       HRA_UNROLL
       for (int j = kDiagonal ? i : 0; j < kSide; ++j) acc[i][j] += from_a * from_b[j];
     }
-  };
-  int64_t d = 0;
-  for (; d + kLane <= D; d += kLane) add([d](const C* row) { return load_wide(row + d); });
-  if (d < D) add([d, D](const C* row) { return load_wide_first(row + d, D - d); });
+  }
   HRA_UNROLL
   for (int i = 0; i < kSide; ++i) {
     HRA_UNROLL
-    for (int j = kDiagonal ? i : 0; j < kSide; ++j) {
-      if (i0 + i >= R || j0 + j >= R) continue;
-      g[(i0 + i) * stride + j0 + j] = sum(acc[i][j]);
-    }
+    for (int j = kDiagonal ? i : 0; j < kSide; ++j)
+      if (i0 + i < R && j0 + j < R) g[(i0 + i) * stride + j0 + j] += sum(acc[i][j]);
   }
 }
 
-// The tiles of g = a bᵀ in the rows from i0 on; where a is b, those from the diagonal on and their mirror image.
-template <class C>
-void gram_rows(double* g, int64_t stride, const C* a, const C* b, int64_t R, int64_t D, int64_t i0) {
-  if (a == b) gram_tile<true>(g, stride, a, b, R, D, i0, i0);
-  for (int64_t j0 = a == b ? i0 + kSide : 0; j0 < R; j0 += kSide) gram_tile<false>(g, stride, a, b, R, D, i0, j0);
-  if (a != b) return;
-  for (int64_t i = i0; i < smaller(i0 + kSide, R); ++i)
-    for (int64_t j = i + 1; j < R; ++j) g[j * stride + i] = g[i * stride + j];
-}
-
-// to (R, kSlice) = the columns [d0, d0 + kSlice) of a (R, D) array, zero beyond D. Rows a power of two apart would
-// compete for the same few cache lines of L1.
-template <class A, class C>
-void take_slice(A* to, const C* from, int64_t R, int64_t D, int64_t d0) {
-  const int64_t count = smaller(kSlice, D - d0);
-  for (int64_t r = 0; r < R; ++r, to += kSlice) {
-    const C* row = from + r * D + d0;
-    if (count == kSlice) {
-      for (int64_t d = 0; d < kSlice; ++d) to[d] = static_cast<A>(row[d]);
-      continue;
-    }
-    for (int64_t d = 0; d < count; ++d) to[d] = static_cast<A>(row[d]);
-    for (int64_t d = count; d < kSlice; ++d) to[d] = 0;
-  }
+// Adds the tiles of a bᵀ in the rows from i0 on; where a is b, only those from the diagonal on.
+void gram_rows(double* g, int64_t stride, const double* a, const double* b, int64_t R, int64_t width, int64_t i0) {
+  if (a == b) gram_tile<true>(g, stride, a, b, R, width, i0, i0);
+  for (int64_t j0 = a == b ? i0 + kSide : 0; j0 < R; j0 += kSide) gram_tile<false>(g, stride, a, b, R, width, i0, j0);
 }
 
 HRA_INLINE double dot(const double* a, const double* b, int64_t count) {
@@ -151,12 +139,12 @@ struct Factor {
   int64_t stride;  // of every R x R matrix
   bool kept[kMaxRank];
   Scratch shared, own;
-  int64_t g, t, first, second, third, narrow, slice_v, slice_dv, slice_out;
+  int64_t g, t, first, second, third, narrow, gram_a, gram_width, slice_v, slice_dv, slice_out;
   const WyFactorFwdParams* fwd = nullptr;
   const WyFactorBwdParams* bwd = nullptr;
 
   template <class Params>
-  Factor(const Params& params, bool backward, int num_threads) {
+  Factor(const Params& params, int num_threads) {
     const int64_t D = params.D, R = params.R, rows = round_up(R, kPadRows);
     columns.D = D;
     columns.R = R;
@@ -176,7 +164,8 @@ struct Factor {
     shared.allocate(1);
     std::memset(shared.get<double>(0, g), 0, static_cast<size_t>(5 * square) * sizeof(double));
     columns.rows = shared.get<C>(0, hat);
-    if (!backward && !apply_gs) return;
+    gram_width = larger(kSlice, kGramElements / R / kSlice * kSlice);
+    gram_a = own.add<double>(2 * R * gram_width);
     slice_v = own.add<double>(rows * kSlice);
     slice_dv = own.add<double>(rows * kSlice);
     slice_out = own.add<double>(rows * kSlice);
@@ -185,10 +174,26 @@ struct Factor {
 
   double* matrix(int64_t offset) const { return shared.get<double>(0, offset); }
 
+  // g = a bᵀ, slice by slice: each row is converted once, not once for each tile that it is in.
   void gram(int task, const C* a, const C* b) const {
-    // tiles are dealt out one by one: above the diagonal their rows differ in length
-    for (int64_t i = task * kSide; i < columns.R; i += tasks * kSide)
-      gram_rows(matrix(g), stride, a, b, columns.R, columns.D, i);
+    const int64_t D = columns.D, R = columns.R;
+    double *const slice_a = own.get<double>(task, gram_a), *const slice_b = a == b ? slice_a : slice_a + R * gram_width;
+    for (int64_t d0 = 0; d0 < D; d0 += gram_width) {
+      const int64_t width = smaller(gram_width, round_up(D - d0, kLanes<double>));
+      take_slice(slice_a, a, R, D, d0, width);
+      if (a != b) take_slice(slice_b, b, R, D, d0, width);
+      // tiles are dealt out one by one: above the diagonal their rows differ in length
+      for (int64_t i = task * kSide; i < R; i += tasks * kSide)
+        gram_rows(matrix(g), stride, slice_a, slice_b, R, width, i);
+    }
+  }
+
+  void find_gram(const C* a, const C* b) {
+    const int64_t R = columns.R;
+    std::memset(matrix(g), 0, static_cast<size_t>(R * stride) * sizeof(double));
+    run([a, b](Factor& f, int task) { f.gram(task, a, b); });
+    for (int64_t i = 0; a == b && i < R; ++i)
+      for (int64_t j = 0; j < i; ++j) matrix(g)[i * stride + j] = matrix(g)[j * stride + i];
   }
 
   struct Slices {
@@ -301,7 +306,7 @@ struct Factor {
         const int64_t pairs = f.columns.R / 2;
         f.columns.scale_differences(pairs * task / f.tasks, pairs * (task + 1) / f.tasks);
       });
-    run([](Factor& f, int task) { f.gram(task, f.columns.rows, f.columns.rows); });
+    find_gram(columns.rows, columns.rows);
     if (apply_gs) {
       gram_schmidt(matrix(first), kept, matrix(g), R, stride);
       run([](Factor& f, int task) { f.orthonormal_rows(task); });
@@ -332,11 +337,9 @@ struct Factor {
   void orthonormal_coefficients() {
     const int64_t R = columns.R;
     double *const inverse = matrix(first), *const b = matrix(second), *const c = matrix(third);
-    run([](Factor& f, int task) { f.gram(task, f.columns.rows, f.columns.rows); });
+    find_gram(columns.rows, columns.rows);
     gram_schmidt(inverse, kept, matrix(g), R, stride);
-    run([](Factor& f, int task) {
-      f.gram(task, static_cast<const C*>(f.bwd->dv_ptr), static_cast<const C*>(f.bwd->v_ptr));
-    });
+    find_gram(static_cast<const C*>(bwd->dv_ptr), static_cast<const C*>(bwd->v_ptr));
     for (int64_t i = 0; i < R; ++i)
       for (int64_t j = 0; j < R; ++j) {
         b[i * stride + j] = -matrix(g)[larger(i, j) * stride + smaller(i, j)];
@@ -375,13 +378,11 @@ struct Factor {
 }  // namespace
 
 void wy_factor_fwd(const WyFactorFwdParams& params, int num_threads) {
-  with_type(params.dtype,
-            [&](auto type) { Factor<typename decltype(type)::T>(params, false, num_threads).forward(params); });
+  with_type(params.dtype, [&](auto type) { Factor<typename decltype(type)::T>(params, num_threads).forward(params); });
 }
 
 void wy_factor_bwd(const WyFactorBwdParams& params, int num_threads) {
-  with_type(params.dtype,
-            [&](auto type) { Factor<typename decltype(type)::T>(params, true, num_threads).backward(params); });
+  with_type(params.dtype, [&](auto type) { Factor<typename decltype(type)::T>(params, num_threads).backward(params); });
 }
 
 }  // namespace hra::cpu::HRA_ISA

@@ -168,9 +168,35 @@ HRA_INLINE void merge(Vec<C>& first, Vec<C>& second, Vec<C> even, Vec<C> odd) {
   second = pick<C>(even, odd, [](int l) { return l % 2 * kLanes<C> + (l + kLanes<C>) / 2; });
 }
 
+// Eight rows of eight, transposed. For AVX2 evens and odds of two vectors are two or three instructions, but halves of
+// their 16-byte parts, and these parts, are one.
+template <class C>
+HRA_INLINE void transpose_eight(Vec<C>* rows) {
+  Vec<C> pairs[8], fours[8];
+  HRA_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = pick<C>(rows[i], rows[i + 1], [](int l) { return l / 4 * 4 + l % 4 / 2 + l % 2 * 8; });
+    pairs[i + 1] = pick<C>(rows[i], rows[i + 1], [](int l) { return l / 4 * 4 + l % 4 / 2 + l % 2 * 8 + 2; });
+  }
+  HRA_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const int from = i / 4 * 4 + i % 4 / 2, half = i % 2 * 2;
+    fours[i] = half ? pick<C>(pairs[from], pairs[from + 2], [](int l) { return l / 4 * 4 + l % 2 + l % 4 / 2 * 8 + 2; })
+                    : pick<C>(pairs[from], pairs[from + 2], [](int l) { return l / 4 * 4 + l % 2 + l % 4 / 2 * 8; });
+  }
+  HRA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = pick<C>(fours[i], fours[i + 4], [](int l) { return l % 4 + l / 4 * 8; });
+    rows[i + 4] = pick<C>(fours[i], fours[i + 4], [](int l) { return l % 4 + l / 4 * 8 + 4; });
+  }
+}
+template <class C, int COUNT>
+constexpr bool kTransposes = kVecBytes == 32 && sizeof(C) == sizeof(float) && COUNT == 8;
+
 // kLanes rows of COUNT values each, row by row in COUNT vectors, as COUNT columns; and back. COUNT is a power of two.
 template <class C, int COUNT>
 HRA_INLINE void to_columns(Vec<C>* vectors) {
+  if constexpr (kTransposes<C, COUNT>) return transpose_eight<C>(vectors);
   HRA_UNROLL
   for (int stage = 1; stage < COUNT; stage *= 2) {
     Vec<C> next[COUNT];
@@ -182,6 +208,7 @@ HRA_INLINE void to_columns(Vec<C>* vectors) {
 }
 template <class C, int COUNT>
 HRA_INLINE void to_rows(Vec<C>* vectors) {
+  if constexpr (kTransposes<C, COUNT>) return transpose_eight<C>(vectors);
   HRA_UNROLL
   for (int stage = 1; stage < COUNT; stage *= 2) {
     Vec<C> next[COUNT];

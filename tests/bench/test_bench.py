@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 
 from bench import COMMIT_VARIABLE, layer, model, op, providers, record, report, shapes, timing
 from bench import __main__ as cli
+from hra_kernels import factor_cache, ops
 from hra_kernels.measuring import stopwatch
 from hra_kernels.measuring.text import significant
 from hra_kernels.testing.tolerance import rounding
@@ -179,11 +180,23 @@ def test_being_held_up_is_seen(monkeypatch):
     assert clock.disturbed()  # 60 ms of a second
 
 
-def test_a_touched_parameter_has_a_new_version_and_its_value():
+def test_a_touched_parameter_has_a_new_version_and_other_values_of_its_size():
     u = nn.Parameter(torch.randn(3))
     before, version = u.detach().clone(), u._version
     timing.touch_parameters([u])()
-    assert u._version > version and torch.equal(u, before)
+    assert u._version > version and torch.equal(u.abs(), before.abs()) and not torch.equal(u, before)
+
+
+def test_a_timed_call_computes_the_factor_anew(monkeypatch):
+    computed = []
+    counted = lambda us, *rest: computed.append(us) or ops.chain_factor(us, *rest)  # noqa: E731
+    monkeypatch.setattr(factor_cache, "chain_factor", counted)
+    layer_of_ours = layer.adapted(providers.BY_NAME["ours-nn"], nn.Linear(8, 6), torch.randn(8, 2))
+    timed = layer.variant(layer_of_ours, [(torch.randn(3, 8), torch.randn(3, 6))])
+    for _ in range(3):
+        timed.touch()
+        timed.run(0)
+    assert len(computed) == 3
 
 
 def test_saved_storages_count_storages_once_and_without_the_known():

@@ -82,8 +82,7 @@ def test_one_node_and_no_dispatch(device):
         y.backward(dy)
     nodes = [node for node, _ in y.grad_fn.next_functions if node is not None]
     assert [node.variable is leaf for node, leaf in zip(nodes, (x, u), strict=True)] == [True, True]
-    called = {event.name for event in profile.events() if event.name.startswith("hra::")}
-    assert called == {"hra::wy_factor_fwd"}, "the factor, which is computed ahead"
+    assert not {event.name for event in profile.events() if event.name.startswith("hra::")}
 
 
 @pytest.mark.parametrize(
