@@ -11,8 +11,8 @@ import argparse
 import contextlib
 import copy
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -37,11 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=8)
 
 
-@contextlib.contextmanager
-def triton_without_launches() -> Iterator[Counter]:
-    """CPU tensors on the Triton backend as if they were a Hopper GPU's; counts, and leaves out, its launches.
+_takes_anything = "".format
+"""As a function written in C does that is given the arguments of a launch."""
 
-    Kernels are compiled, and Triton's own launcher does all that it does before it calls the driver.
+
+def _current_device() -> int:
+    """As `torch.cuda.current_device`: whether CUDA is in use, and a C function."""
+    return abs(torch.cuda.is_initialized())
+
+
+@contextlib.contextmanager
+def triton_without_launches(launch: Callable = _takes_anything) -> Iterator[None]:
+    """CPU tensors on the Triton backend as if they were a Hopper GPU's, up to where Triton calls the driver to launch.
+
+    Kernels are compiled. All Python that a host runs for a GPU is run: this backend's, Triton's JIT and its launcher
+    of compiled kernels. Left out, or those of a CPU, are functions written in C: the launch itself (one a kernel, a
+    microsecond to read the arguments and what CUDA takes), and what PyTorch asks CUDA for and allocates there (about
+    0.1 us each). Nothing is written, so the frozen layers multiply what memory happened to hold. Others' operators, and
+    the frozen layer's, run on the CPU; two threads and more make LoRA's small products slower than they are on one.
+
+    Args:
+        launch: called in place of the driver, with what it would get; the fifth argument is the kernel's name.
 
     Raises:
         providers.Unavailable: Triton is not installed, or interprets its kernels in this process.
@@ -50,32 +66,44 @@ def triton_without_launches() -> Iterator[Counter]:
         raise providers.Unavailable("TRITON_INTERPRET=1: Triton's kernels are interpreted in this process")
     try:
         from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.driver import CudaLauncher
         from triton.compiler.compiler import CompiledKernel
         from triton.runtime import driver
     except ImportError as error:
         raise providers.Unavailable(f"Triton is not installed: {error}") from error
     from hra_kernels.backends import triton, triton_launch
 
-    hopper = mock.Mock(spec=["is_active", "get_current_target", "get_current_device", "get_current_stream"])
-    hopper.is_active.return_value = True
-    for name, value in (("target", GPUTarget("cuda", 90, 32)), ("device", 0), ("stream", 0)):
-        setattr(hopper, f"get_current_{name}", lambda *_, value=value: value)
-    launches, before = Counter(), driver._active
+    class Launcher(CudaLauncher):
+        arg_annotations = kernel_signature = None
+
+        def __init__(self, kernel: CompiledKernel) -> None:
+            vars(self).update(kernel.metadata._asdict(), launch=launch)
+            kernel.function = kernel.metadata.name
+
+    hopper = SimpleNamespace(
+        is_active=lambda: True,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=_current_device,
+        get_current_stream=abs,  # of a device's index, and written in C
+    )
+    before = dict(vars(driver))  # not all releases have the same attributes
     with contextlib.ExitStack() as stack:
         for place, name, value in (
             (CompiledKernel, "_init_handles", lambda self: None),
-            (CompiledKernel, "run", property(lambda kernel: lambda *_: launches.update([kernel.metadata.name]))),
+            (CompiledKernel, "run", property(Launcher, lambda kernel, value: None)),  # Triton 3.4 sets it
             (triton, "_interpreted", lambda: True),  # the tensors are a CPU's
-            (factor_cache, "_values_are_at_hand", lambda us: False),  # the rule on a GPU
+            (factor_cache, "_values_are_at_hand", lambda us: not us[0].is_cpu),  # the rule on a GPU
+            (factor_cache, "_capturing", lambda: abs(torch.cuda.is_initialized())),
+            (factor_cache, "_stream_of", lambda u: abs(u.get_device()) if u.is_cpu else 0),
         ):
-            stack.enter_context(mock.patch.object(place, name, value))
+            stack.enter_context(mock.patch.object(place, name, value, create=name == "run"))
         driver.set_active(hopper)
         triton_launch.forget_plans()
         try:
             with use_backend("triton"):
-                yield launches
+                yield
         finally:
-            driver._active = before
+            vars(driver).update(before)
             triton_launch.forget_plans()
             backends._chosen.cache_clear()
 

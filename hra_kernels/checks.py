@@ -67,9 +67,12 @@ def check_chain(op: str, name: str, x: Tensor, v: Tensor, t: Tensor, us: Sequenc
         raise ValueError(f"{op}: v must have one row for each of the {columns} columns of u, got {rank}")
 
 
-def _fits_chain(x: Tensor, v: Tensor, t: Tensor, us: Sequence[Tensor]) -> bool:
-    """All that `check_chain` asks for, of one u: in one function, for every layer passes here."""
-    u, shape, v_shape, device, wide = us[0], x.shape, v.shape, x.device, _WIDE.get(x.dtype)
+def _fits_chain(
+    x: Tensor, v: Tensor, t: Tensor, us: Sequence[Tensor], dy: Tensor | None = None, p: Tensor | None = None
+) -> bool:
+    """All that `check_chain` or `check_chain_bwd` asks for, of one u: in one function, for every layer passes here."""
+    u, shape, v_shape, dtype, device = us[0], x.shape, v.shape, x.dtype, x.device
+    wide = _WIDE.get(dtype)
     if len(us) != 1 or len(v_shape) != 2 or not shape:
         return False
     rank, width = v_shape
@@ -84,6 +87,17 @@ def _fits_chain(x: Tensor, v: Tensor, t: Tensor, us: Sequence[Tensor]) -> bool:
         and v.device == device
         and t.device == device
         and u.device == device
+        and (
+            dy is None
+            or (
+                dy.shape == shape
+                and dy.dtype == dtype
+                and dy.device == device
+                and p.shape == (shape[0], rank)
+                and p.dtype == wide
+                and p.device == device
+            )
+        )
     )
 
 
@@ -120,13 +134,11 @@ def check_weight_side_bwd(op: str, dx: Tensor, x: Tensor, v: Tensor, t: Tensor) 
 
 def check_chain_bwd(op: str, dy: Tensor, x: Tensor, us: Sequence[Tensor], v: Tensor, t: Tensor, p: Tensor) -> None:
     """`check_chain` of x (M, D), its p, and the gradient of its y."""
+    if _fits_chain(x, v, t, us, dy, p):
+        return
     check_chain(op, "x", x, v, t, us)
-    shape, dtype, wide, device = x.shape, x.dtype, v.dtype, x.device
-    p_shape = (shape[0], v.shape[0])
-    if dy.shape != shape or dy.dtype != dtype or dy.device != device:
-        check_like(op, "dy", dy, shape, dtype, device)
-    if p.shape != p_shape or p.dtype != wide or p.device != device:
-        check_like(op, "p", p, p_shape, wide, device)
+    check_like(op, "dy", dy, x.shape, x.dtype, x.device)
+    check_like(op, "p", p, (x.shape[0], v.shape[0]), v.dtype, x.device)
 
 
 def check_wy_factor_bwd(op: str, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor) -> None:

@@ -39,11 +39,17 @@ _captured: set[int] = set()
 
 
 def _capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # nothing is captured before CUDA is in use, which takes a tenth of the time to find out that `is_available` does
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _stream_of(u: Tensor) -> int:
+    """The current stream of u's device: by its handle, for a Stream object takes longer than all else of a key."""
+    return torch._C._cuda_getCurrentRawStream(u.get_device()) if u.is_cuda else 0
 
 
 def _values_are_at_hand(us: Sequence[Tensor]) -> bool:
-    return us[0].device.type == "cpu"
+    return us[0].is_cpu
 
 
 def _after_step(optimizer: Optimizer, *_: object) -> None:
@@ -85,21 +91,26 @@ class FactorCache:
     def __init__(self) -> None:
         self._entry: tuple[tuple, list[Tensor], list[StorageWeakRef], tuple[Tensor, Tensor]] | None = None
 
-    def get(self, us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def get(
+        self, us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype, eager: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """(v, t) of `ops.chain_factor` for the present values of us, in `dtype`'s factor dtype; without gradient.
 
         Computed afresh, and not kept, where keeping it would be wrong: while a CUDA graph is captured and ever after,
         on a GPU where `parameters_come_late`, and for tensors that carry no version (inference tensors, tensor
         subclasses). None under `torch.func` and forward-mode AD, and while `torch.compile` or `torch.export` traces,
         but for what `computed_at_entry` gave: there operators compute their own.
+
+        Args:
+            eager: whether the caller knows that `is_eager(*us)`.
         """
-        if is_eager(*us):
-            factor = self._same_values(us, apply_gs, dtype)
+        if eager or is_eager(*us):
+            factor = self._still_valid(us, apply_gs, dtype)
             if factor is not None:
                 return factor
-        if torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling():
             return self._given_for(us, apply_gs, dtype)
-        if wants_plain_ops():
+        elif wants_plain_ops():
             return None
         if not self._may_keep(us):
             return chain_factor(us, apply_gs, dtype)
@@ -140,26 +151,29 @@ class FactorCache:
             return False
         return True
 
-    def _same_values(
-        self, us: Sequence[Tensor], apply_gs: Sequence[bool], dtype: torch.dtype
+    def _still_valid(
+        self, us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
-        """What `_kept` finds of one chain by its values, in one step: the most frequent answer, once a layer."""
+        """What `_may_keep` and `_kept` find of one chain, in one step: the most frequent answer, once a layer."""
         if self._entry is None or len(us) != 1:
             return None
         key, values, _, factor = self._entry
         u = us[0]
-        if not values or key != (dtype == torch.float64, *apply_gs, u.dtype) or not u.is_cpu:
+        if values:
+            if not u.is_cpu or key != (dtype == torch.float64, *apply_gs, u.dtype):
+                return None
+            return factor if same_values(values[0], u) else None
+        if self.parameters_come_late or _captured or u.is_inference() or _capturing():
             return None
-        return factor if same_values(values[0], u) else None
+        return factor if key == _key_of_places(us, apply_gs, dtype) else None
 
     def _kept(self, key: tuple, us: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         entry = self._entry
         if entry is None or entry[0] != key:
             return None
         _, values, _, factor = entry
-        for value, u in zip(values, us, strict=False):
-            if not same_values(value, u):
-                return None
+        if values and not all(map(same_values, values, us)):
+            return None
         return factor
 
     def _keep(self, key: tuple, us: Sequence[Tensor], values: list[Tensor], factor: tuple[Tensor, Tensor]) -> None:
@@ -226,16 +240,17 @@ def factor_of_memory(u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor] | None:
 
 def validity_key(us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple:
     """All that a factor belongs to but values."""
-    wide = dtype == torch.float64
     if _values_are_at_hand(us):
-        return (wide, *apply_gs, *[u.dtype for u in us])
-    device = us[0].device
-    stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
-    places = (
-        (u.untyped_storage()._cdata, u.data_ptr(), u._version, u.dtype, u.shape, u.stride(), gs)
-        for u, gs in zip(us, apply_gs, strict=True)
-    )
-    return (wide, _optimizer_steps, stream, *places)
+        return (dtype == torch.float64, *apply_gs, *[u.dtype for u in us])
+    return _key_of_places(us, apply_gs, dtype)
+
+
+def _key_of_places(us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype) -> tuple:
+    return (dtype == torch.float64, _optimizer_steps, _stream_of(us[0]), *map(_place, us, apply_gs))
+
+
+def _place(u: Tensor, gs: Rule) -> tuple:
+    return u.untyped_storage()._cdata, u.data_ptr(), u._version, u.dtype, u.shape, u.stride(), gs
 
 
 def copied_values(us: Sequence[Tensor]) -> list[Tensor]:

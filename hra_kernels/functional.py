@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hra_kernels import kept_chain, weight_side  # noqa: F401 - kept_chain registers what compiled graphs call
-from hra_kernels.ops import attach_factor, chain_factor, in_factor_dtype, reflect, reflect_chain
+from hra_kernels.ops import attach_factor, chain_factor, in_factor_dtype, is_eager, reflect, reflect_chain
 from hra_kernels.soft import Rule, Soft, bias_correction, check_side, inverse_factor, rule
 
 Factor = tuple[Tensor, Tensor]
@@ -104,7 +104,7 @@ def hra_linear(
         us, flags = _chains("hra_linear", u, apply_gs, w.shape[0], eps)
         return reflect_output(F.linear(x, w, bias), bias, us, flags, factor)
     us, flags = _chains("hra_linear", u, apply_gs, w.shape[1], eps)
-    if weight_side.serves(x, w, us, flags):
+    if is_eager(x, w, *us) and weight_side.serves(x, w, us, flags):
         return weight_side.linear(x, w, bias, us, flags, factor)
     return F.linear(reflect_chain(in_autocast_dtype(x), us, flags, factor, transpose=True), w, bias)
 

@@ -238,7 +238,7 @@ class _Chain(torch.autograd.Function):
             plain = lambda x, *us: (_plain_chain(x, us, ctx.apply_gs, ctx.transpose),)  # noqa: E731
             dx, *dus = differentiable_backward(plain, (x, *us), (need_dx, *needed), (dy,))
             return dx, None, None, None, *dus
-        shape, rows = x.shape, as_rows(x)
+        rows = as_rows(x)
         if is_eager(dy, x, v, t, p, *us):  # not in compiled autograd, or where hooks on saved tensors brought others
             dy = as_rows(dy)
             checks.check_chain_bwd("reflect_chain", dy, rows, us, v, t, p)
@@ -252,8 +252,8 @@ class _Chain(torch.autograd.Function):
             dus = chain_factor_bwd(torch.ops.hra.wy_factor_bwd, dv, dt, us, v, t, ctx.apply_gs, needed)
         if not need_dx:
             dx = None
-        elif len(shape) != 2:
-            dx = dx.view(shape)
+        elif x.dim() != 2:
+            dx = dx.view(x.shape)
         return dx, None, None, None, *dus
 
 
@@ -372,7 +372,10 @@ def wy_factor_many(us: Sequence[Tensor], apply_gs: Rule = False) -> list[tuple[T
 def in_factor_dtype(us: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """us such that their factor has `dtype`'s factor dtype; only a mixture with float64 needs a conversion."""
     wide = dtype == torch.float64
-    return [u if (u.dtype == torch.float64) == wide else u.to(factor_dtype(dtype)) for u in us]
+    for u in us:
+        if (u.dtype == torch.float64) != wide:
+            return [u if (u.dtype == torch.float64) == wide else u.to(factor_dtype(dtype)) for u in us]
+    return us
 
 
 def attach_factor(
@@ -436,6 +439,7 @@ def reflect_chain(
     apply_gs: Sequence[Rule],
     factor: tuple[Tensor, Tensor] | None = None,
     transpose: bool = False,
+    eager: bool | None = None,
 ) -> Tensor:
     """x Q, or x Qᵀ if transpose, for Q the product of several chains; differentiable in x and every u.
 
@@ -444,12 +448,13 @@ def reflect_chain(
         us: one or more (D, R_i), as in `wy_factor`. Q = Q_1 Q_2 ...
         apply_gs: as in `chain_factor`.
         factor: `chain_factor(us, apply_gs, x.dtype)` where the caller kept it; it must belong to us as they are now.
+        eager: `is_eager(x, *us)` where the caller has asked.
 
     Returns:
         (..., D) in x's dtype.
     """
     us = in_factor_dtype(us, x.dtype)
-    if not is_eager(x, *us):
+    if not (is_eager(x, *us) if eager is None else eager):
         if in_compiled_graph() and _is_plain(us, apply_gs) and type(us[0]) is torch.nn.Parameter:
             rows, u = as_rows(x), us[0]
             if _wants_gradient(u):

@@ -20,7 +20,6 @@ from hra_kernels.ops import (
     chain_factor_bwd,
     differentiable_backward,
     in_factor_dtype,
-    is_eager,
     reflect_chain,
     wants_graph,
 )
@@ -41,7 +40,7 @@ def pays(x: Tensor, w: Tensor, us: Sequence[Tensor]) -> bool:
     in float32 and from 3 N in bfloat16, which has the same arithmetic for half the bytes. On a GPU the bytes decide
     that Triton's kernels move. Other backends have no kernel for `weight_side_bwd`.
     """
-    if x.numel() < max(LEAST_ELEMENTS, 2 * w.numel()):  # neither rule below holds, and most layers end here
+    if x.numel() < LEAST_ELEMENTS or x.numel() < 2 * w.numel():  # neither rule below holds, and most layers end here
         return False
     backend = choose(x.device, x.dtype, sum(u.shape[1] for u in us), w.shape[1]).name
     if backend == "cpu":
@@ -61,14 +60,14 @@ def _saves_bytes(x: Tensor, w: Tensor) -> bool:
 
 
 def serves(x: Tensor, w: Tensor, us: Sequence[Tensor], rules: Sequence[Rule]) -> bool:
-    """Whether a layer should call `linear`: it pays, in training, in eager mode, where no gradient of W is wanted.
+    """Whether a layer, in eager mode (`is_eager(x, w, *us)`), should call `linear`: it pays, in training, where no
+    gradient of W is wanted.
 
     Soft chains have no orthogonal Q. What does not fit W is left to the input side, whose errors say so.
     """
     return (
         torch.is_grad_enabled()
         and not w.requires_grad
-        and is_eager(x, w, *us)
         and pays(x, w, us)
         and x.dtype == w.dtype
         and x.device == w.device

@@ -7,6 +7,7 @@ the driver themselves, as the JIT would, where nothing differs that it looks at.
 """
 
 import contextlib
+import copy
 import functools
 import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from hra_kernels.backends.tuning import LaunchConfig
+
+_guards = torch._C._dynamo.guards
 
 NEWEST_KNOWN = (3, 9)
 """From 3.4 to this release of Triton a compiled kernel is launched as `_Direct` does; with others, by the JIT."""
@@ -45,8 +48,17 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 def empty_like(tensor: Tensor, *shape: int) -> Tensor:
-    """`empty`, with the dtype and device of a tensor, in half the time."""
-    return tensor.new_empty(*shape)
+    """`empty`, with the dtype and device of a tensor: past the dispatcher, as Inductor's code, with less to do.
+
+    Args:
+        shape: one size or two.
+    """
+    strides = (shape[1], 1) if len(shape) == 2 else (1,)
+    if tensor.is_cpu:
+        return _guards._empty_strided_cpu(shape, strides, tensor.dtype)
+    if tensor.is_cuda and tensor.get_device() == torch._C._cuda_getDevice():
+        return _guards._empty_strided_cuda(shape, strides, tensor.dtype)
+    return tensor.new_empty(shape)
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -83,7 +95,7 @@ _plans: list[Callable] = []
 
 
 def planned(plan: Callable) -> Callable:
-    """Remember what `plan` returns for the last 1024 of its arguments: sizes, strides, dtypes, a device."""
+    """Remember what `plan` returns for the last 1024 of its arguments: sizes, strides, all dtypes, a device."""
     remembered = functools.lru_cache(maxsize=1024)(plan)
     _plans.append(remembered)
     return remembered
@@ -149,7 +161,6 @@ class _Direct:
     ) -> None:  # fmt: skip
         self._triton, self._like = _triton(), empty((0,), torch.float32, device)
         self._index = self._triton.driver.active.get_current_device()
-        self._dtypes = [tensor.dtype for tensor in tensors.values()]
         *self._offsets, size = _offsets(scratch.values())
         self._size = size // self._like.element_size()
         place = {name: i for i, name in enumerate((*tensors, *scratch))}
@@ -157,37 +168,48 @@ class _Direct:
         for (kernel, grid, named, arguments), one in zip(launches, compiled, strict=True):
             pick = operator.itemgetter(*(place[name] for name in named.values()))
             rest = tuple(arguments[name] for name in kernel.arg_names[len(named) :])
-            handles = (one.function, one.packed_metadata, None, None, None)  # nobody to tell of the launch
-            self._steps.append((one.run, (*grid, 1, 1)[:3], handles, pick, rest))
+            grid, handles = (*grid, 1, 1)[:3], (one.function, one.packed_metadata, None, None, None)  # nobody to tell
+            launch, handles = _innermost(one.run, grid, handles, (*range(len(named)), *rest))
+            self._steps.append((launch, grid, handles, pick, rest))
         self._kernels = [launch.kernel for launch in launches]
 
     def launch(self, tensors: Collection[Tensor]) -> bool:
         """Whether it was launched; False where the JIT might have launched anything else, or told anyone.
 
-        It looks at dtypes and addresses. Sizes, strides and constants are those that it made its kernels for.
+        It looks at addresses. Dtypes, sizes, strides and constants are those that it made its kernels for.
         """
         addresses = list(map(_address_of, tensors))
         driver = self._triton.driver.active
         device = driver.get_current_device()
-        if (
-            device != self._index
-            or list(map(_dtype_of, tensors)) != self._dtypes
-            or not _are_aligned(addresses)
-            or self._triton.is_watched(self._kernels)
-        ):
+        if device != self._index or not _are_aligned(addresses) or self._triton.is_watched(self._kernels):
             return False
         stream = driver.get_current_stream(device)
         if self._offsets:
             scratch = empty_like(self._like, self._size)
             start = scratch.data_ptr()
-            addresses += [start + offset for offset in self._offsets]
-        for run, grid, handles, pick, rest in self._steps:
-            run(*grid, stream, *handles, *pick(addresses), *rest)
+            addresses += map(start.__add__, self._offsets)
+        for launch, grid, handles, pick, rest in self._steps:
+            launch(*grid, stream, *handles, (*pick(addresses), *rest))
         return True
 
 
+def _innermost(run: Callable, grid: tuple, handles: tuple, arguments: tuple) -> tuple[Callable, tuple]:
+    """A function of (*grid, stream, *handles, arguments) that does what `run` does of them all, and its handles.
+
+    `run` is Triton's launcher of a compiled kernel, and from about 3.7 on ends in a function in C that takes the
+    arguments as one, after more handles. To call that one at once takes half the time.
+    """
+    given: list = []
+    if getattr(run, "global_scratch_size", 1) == 0 and getattr(run, "profile_scratch_size", 0) == 0:
+        launcher = copy.copy(run)
+        launcher.launch = lambda *what: given.extend(what)
+        launcher(*grid, 0, *handles, *arguments)
+        if given[:4] == [*grid, 0] and given[-1] == arguments:
+            return run.launch, tuple(given[4:-1])
+    return lambda *what: run(*what[:-1], *what[-1]), handles
+
+
 _address_of = Tensor.data_ptr
-_dtype_of = operator.attrgetter("dtype")
 
 
 def _offsets(tensors: Iterable[Tensor]) -> list[int]:

@@ -156,8 +156,9 @@ def _most_row_blocks(rows: Rows, block_m: int) -> int:
 
 
 @planned
-def _reflect_plan(rows: Rows, stride_xm: int, t_strides: tuple[int, int], transpose: bool, need_p: bool) -> Launches:
+def _reflect_plan(rows: tuple, stride_xm: int, t_strides: tuple[int, int], transpose: bool, need_p: bool) -> Launches:
     """Of y, p if needed, x, v and t."""
+    rows = Rows(*rows)  # here, once: to make them takes as long as to find a plan
     M, _, R, _, device = rows
     if R > FUSED_RANK:
         p, m = Matrix("p", M, R, (R, 1)), _m(rows, t_strides, transpose)
@@ -187,7 +188,7 @@ def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> t
     p = triton_launch.empty_like(v, M, R) if need_p else None
     if M == 0 or D == 0 or R == 0:
         return y.copy_(x), p.zero_() if need_p else None
-    launches = _reflect_plan(Rows(M, D, R, x.dtype, x.device), x.stride(0), t.stride(), transpose, need_p)
+    launches = _reflect_plan((M, D, R, x.dtype, x.device), x.stride(0), t.stride(), transpose, need_p)
     if need_p:
         launches(y=y, p=p, x=x, v=v.contiguous(), t=t)
     else:
@@ -328,8 +329,11 @@ def reflect_bwd(
 
 
 @planned
-def _chain_plan(rows: Rows, u_strides: tuple[int, int], stride_dym: int, stride_xm: int, transpose: bool) -> Launches:
+def _chain_plan(
+    rows: tuple, u_dtype: torch.dtype, u_strides: tuple[int, int], stride_dym: int, stride_xm: int, transpose: bool
+) -> Launches:
     """Of dx, du, dy, x, u, v, t and p."""
+    rows = Rows(*rows)
     R = rows.R
     launches, scratch = _bwd_parts(rows, stride_dym, stride_xm, (R, 1), u_strides, transpose)
     scratch |= {"ds": ((R, R), torch.float64), "scale": ((R,), torch.float64), "phi": ((R,), torch.float64)}
@@ -348,7 +352,8 @@ def chain_bwd(
     (M, D), R = x.shape, v.shape[0]
     _require_int_offsets("chain_bwd", D, R)
     dx, du = triton_launch.empty_like(dy, M, D), triton_launch.empty_like(u, D, R)
-    launches = _chain_plan(Rows(M, D, R, x.dtype, x.device), u.stride(), dy.stride(0), x.stride(0), transpose)
+    rows = M, D, R, x.dtype, x.device
+    launches = _chain_plan(rows, u.dtype, u.stride(), dy.stride(0), x.stride(0), transpose)
     launches(dx=dx, du=du, dy=dy, x=x, u=u, v=v.contiguous(), t=t.contiguous(), p=p.contiguous())
     return dx, du
 

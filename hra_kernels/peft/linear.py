@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hra_kernels import weight_side
 from hra_kernels.mixed_batch import reflect_mixed
-from hra_kernels.ops import reflect_chain
+from hra_kernels.ops import is_eager, reflect_chain
 from hra_kernels.partition import is_whole
 from hra_kernels.peft import output_side, sharded
 from hra_kernels.peft.base_weight import has_own_forward, is_torchao, unpack_for_cpu
@@ -36,16 +36,17 @@ class HRALinear(ReflectionLayer, PeftHRALinear):
     def _adapted_forward(self, x: Tensor, us: list[Tensor], apply_gs: list[bool], *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
         if not sharded.is_sharded(base):
-            factor = self._factors.get(us, apply_gs, x.dtype)
+            eager = is_eager(x, *us)
+            factor = self._factors.get(us, apply_gs, x.dtype, eager)
             if x.is_nested and x.layout == torch.strided:  # nn.TransformerEncoder makes these of padded batches
                 x = torch.nested.as_nested_tensor(
                     [reflect_chain(part, us, apply_gs, factor, transpose=True) for part in x.unbind()]
                 )
-            elif not (args or kwargs) and self._takes_weight_side(x, us, apply_gs):
+            elif eager and not (args or kwargs) and self._takes_weight_side(x, us, apply_gs):
                 return weight_side.linear(x, base.weight, base.bias, us, apply_gs, factor)
             else:
-                x = reflect_chain(x, us, apply_gs, factor, transpose=True)
-            return self.base_layer(x, *args, **kwargs)
+                x = reflect_chain(x, us, apply_gs, factor, True, eager)
+            return self._modules["base_layer"](x, *args, **kwargs)
         if self.base_layer is not base:  # another adapter's layer, whose part of the work would miss the reflections
             raise NotImplementedError(
                 f"HRA: {self.describe()} is over a {type(self.base_layer).__name__} with a sharded weight, which "

@@ -168,6 +168,57 @@ def test_a_change_is_seen_without_values(on_a_gpu, change):
     torch.testing.assert_close(layer(x), layer.merged()(x))
 
 
+KEPT_FOR = {
+    "address": lambda buffer: (buffer[16:32], False),
+    "version": lambda buffer: (buffer[:16].add_(0), False),
+    "dtype": lambda buffer: (buffer[:16].view(torch.float16), False),
+    "shape": lambda buffer: (buffer[:8], False),
+    "strides": lambda buffer: (buffer.as_strided((16, 4), (1, 16)), False),
+    "rule": lambda buffer: (buffer[:16], True),
+    "storage": lambda buffer: (torch.from_numpy(buffer[:16].view(torch.int16).numpy()).view(torch.bfloat16), False),
+}
+
+
+@pytest.mark.parametrize("other", KEPT_FOR)
+def test_what_a_kept_factor_belongs_to(on_a_gpu, computed, other):
+    """Of vectors at one place, all but one thing the same."""
+    cache, buffer = FactorCache(), torch.randn(32, 4).bfloat16()
+    for _ in range(3):
+        cache.get([buffer[:16]], [False], torch.bfloat16)
+    assert len(computed) == 1
+    u, rule = KEPT_FOR[other](buffer)
+    for _ in range(3):
+        cache.get([u], [rule], torch.bfloat16)
+    assert len(computed) == 2
+
+
+def test_another_stream_and_another_dtype_have_their_own_factor(on_a_gpu, computed, monkeypatch):
+    """What one stream computes is not there yet for another."""
+    cache, u = FactorCache(), torch.randn(16, 4)
+    for count, stream, dtype in ((1, 0, torch.float32), (2, 7, torch.float32), (3, 7, torch.float64)):
+        monkeypatch.setattr(factor_cache, "_stream_of", lambda u, stream=stream: stream)
+        for _ in range(3):
+            cache.get([u], [False], dtype)
+        assert len(computed) == count
+
+
+@pytest.mark.parametrize("hidden", ["inference tensor", "hooks", "captured by another"])
+def test_what_was_kept_is_of_no_use_where_nothing_shows_writes(on_a_gpu, computed, monkeypatch, hidden):
+    cache, u = FactorCache(), torch.randn(16, 4)
+    cache.get([u], [False], u.dtype)
+    with torch.inference_mode(hidden == "inference tensor"):
+        if hidden == "inference tensor":
+            u = torch.randn(16, 4)
+        elif hidden == "hooks":
+            cache.parameters_come_late = True
+        else:
+            capture(monkeypatch, lambda: FactorCache().get([u], [False], u.dtype))
+            del computed[1:]
+        for _ in range(2):
+            cache.get([u], [False], u.dtype)
+    assert len(computed) == 3
+
+
 def test_another_tensor_at_the_address_of_a_freed_one(on_a_gpu):
     memory = np.random.default_rng(0).standard_normal((16, 4)).astype(np.float32)
     layer, x = layer_and_input()
@@ -176,6 +227,15 @@ def test_another_tensor_at_the_address_of_a_freed_one(on_a_gpu):
         torch.testing.assert_close(layer(x), layer.merged()(x))
         del layer.hra_u
         memory[:] = np.random.default_rng(1).standard_normal(memory.shape)
+
+
+def test_the_name_of_a_freed_storage_is_not_given_to_another(on_a_gpu, computed):
+    cache, memory = FactorCache(), np.ones((16, 4), np.float32)
+    cache.get([torch.from_numpy(memory)], [False], torch.float32)
+    for count in range(2, 22):
+        memory += 1
+        cache.get([torch.from_numpy(memory)], [False], torch.float32)
+        assert len(computed) == count
 
 
 def test_the_cache_keeps_no_parameter_alive(on_a_gpu):

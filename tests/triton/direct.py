@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from triton import knobs
+from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
@@ -21,6 +22,24 @@ from tests.triton.jit import Hopper
 
 BACKEND = triton_backend.BACKEND
 calls: list[tuple] = []
+
+
+class Launcher(nvidia.CudaLauncher):
+    """Triton's own up to the function in C that it ends in, which a direct launch calls at once."""
+
+    arg_annotations, kernel_signature = "annotations", "signature"
+
+    def __init__(self, kernel: CompiledKernel) -> None:
+        vars(self).update(kernel.metadata._asdict(), launch=self.launch, kernel=kernel)
+        vars(self).update(launch_pdl="pdl", launch_cooperative_grid="cooperative")
+
+    def launch(self, *given) -> None:
+        """Keep the call as one of `CompiledKernel.run`, with the handles that are not in those beside its metadata."""
+        *handles, arguments = given
+        place = handles.index(self.kernel.packed_metadata)
+        metadata = tuple(handles[5 : place + 1] + handles[place + 4 :])
+        assert {"annotations", "signature", "pdl", "cooperative"} <= set(map(str, metadata))
+        calls.append((self.kernel, *handles[:5], metadata, *handles[place + 1 : place + 4], *arguments))
 
 
 def kept(make) -> list[tuple]:
@@ -155,14 +174,23 @@ def fall_back() -> None:
 def main() -> None:
     driver.set_active(Hopper())
     nothing = lambda self: None  # noqa: E731
-    # with a setter, for Triton 3.4 sets it
-    run = property(lambda kernel: lambda *given: calls.append((kernel, *given)), lambda kernel, value: None)
-    with (
-        mock.patch.object(CompiledKernel, "_init_handles", nothing),
-        mock.patch.object(CompiledKernel, "run", run, create=True),
-    ):
-        fall_back()
-        print(f"{compare()} launches, as the JIT makes them")
+    runs = [lambda kernel: lambda *given: calls.append((kernel, *given))]
+    if hasattr(nvidia, "annotate_arguments"):  # its function in C takes a kernel's arguments as one
+        runs.append(Launcher)
+    for run in runs:
+        triton_launch.forget_plans()
+        # with a setter, for Triton 3.4 sets it
+        run = property(run, lambda kernel, value: None)
+        with (
+            mock.patch.object(CompiledKernel, "_init_handles", nothing),
+            mock.patch.object(CompiledKernel, "run", run, create=True),
+        ):
+            fall_back()
+            if run.fget is Launcher:
+                assert not is_direct()
+                with mock.patch.object(nvidia.CudaLauncher, "__call__", None):
+                    assert is_direct()
+            print(f"{compare()} launches, as the JIT makes them")
 
 
 if __name__ == "__main__":
