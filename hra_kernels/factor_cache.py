@@ -20,7 +20,7 @@ in every call, those of a whole model together (`computed_at_entry`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ from hra_kernels.ops import PLAIN, chain_factor, factor_in_groups, is_eager, wan
 from hra_kernels.soft import Rule
 
 _optimizer_steps = 0
+
+_AS_IT_IS = nullcontext()
 
 _captured: set[int] = set()
 """Addresses of parameters that a CUDA graph was captured with. What comes to lie there later is not kept either."""
@@ -66,6 +68,11 @@ register_optimizer_step_post_hook(_after_step)
 def optimizer_steps() -> int:
     """How many steps all optimizers of this process have made."""
     return _optimizer_steps
+
+
+def _outside_inference_mode() -> AbstractContextManager:
+    """An inference tensor could not be saved for a later backward."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
 
 
 def forget_factors(model: nn.Module) -> None:
@@ -104,7 +111,8 @@ class FactorCache:
         Args:
             eager: whether the caller knows that `is_eager(*us)`.
         """
-        if eager or is_eager(*us):
+        eager = eager or is_eager(*us)
+        if eager:
             factor = self._still_valid(us, apply_gs, dtype)
             if factor is not None:
                 return factor
@@ -115,12 +123,14 @@ class FactorCache:
         if not self._may_keep(us):
             return chain_factor(us, apply_gs, dtype)
         key = validity_key(us, apply_gs, dtype)
-        factor = self._kept(key, us)
-        if factor is None:
-            with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-                values = copied_values(us)
-                factor = chain_factor(values or us, apply_gs, dtype)
-                self._keep(key, us, values, factor)
+        if not eager or len(us) > 1:  # else it was looked for above
+            factor = self._kept(key, us)
+            if factor is not None:
+                return factor
+        with _outside_inference_mode():
+            values = copied_values(us)
+            factor = chain_factor(values or us, apply_gs, dtype)
+            self._keep(key, us, values, factor)
         return factor
 
     def clear(self) -> None:
@@ -282,7 +292,7 @@ def refill(layers: Iterable[tuple[FactorCache, Sequence[Tensor], Sequence[Rule]]
     if len(stale) < 2:
         return
     factors: dict[tuple[int, Rule], tuple[Tensor, Tensor]] = {}
-    with torch.inference_mode(False):
+    with _outside_inference_mode():
         copies = [copied_values(us) for _, _, us, _ in stale]
         for gs in {flag: None for _, _, _, flags in stale for flag in flags}:
             wanted = {

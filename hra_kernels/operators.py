@@ -30,8 +30,7 @@ _library.define("chain_fwd(Tensor x, Tensor u, bool transpose, bool apply_gs) ->
 _library.define("weight_side_bwd(Tensor dx, Tensor x, Tensor v, Tensor t) -> (Tensor, Tensor)")
 
 
-def wy_factor_fwd(u, apply_gs):
-    """v and t, by the backend that has u's factor."""
+def _wy_factor_fwd(u, apply_gs):
     checks.check_u("wy_factor_fwd", u)
     return choose(u.device, u.dtype, u.shape[1], factor=True).wy_factor(u, apply_gs)
 
@@ -151,7 +150,7 @@ def register(name, kernel, fake):
 
 
 for _name, _kernel, _fake in [
-    ("wy_factor_fwd", wy_factor_fwd, _fake_wy_factor_fwd),
+    ("wy_factor_fwd", _wy_factor_fwd, _fake_wy_factor_fwd),
     ("wy_factor_many", _wy_factor_many, _fake_wy_factor_many),
     ("wy_factor_bwd", _wy_factor_bwd, _fake_wy_factor_bwd),
     ("reflect_fwd", _reflect_fwd, _fake_reflect_fwd),
