@@ -42,25 +42,22 @@ def vectors(kind, features, rank):
     return u
 
 
-def authors_q(u, eps):
-    """Q = H_1 ... H_R, one reflection at a time, as the authors' code for language models has it."""
-    q = torch.eye(u.shape[0], dtype=u.dtype)
-    for column in u.unbind(1):
+def chain(x, u, eps, transpose=False):
+    """One reflection at a time, as the authors' code for language models has it."""
+    for column in reversed(u.unbind(1)) if transpose else u.unbind(1):
         unit = column / torch.sqrt((column**2).sum() + eps)
-        q = q @ (torch.eye(u.shape[0], dtype=u.dtype) - 2 * torch.outer(unit, unit))
-    return q
+        x = x - 2 * torch.outer(x @ unit, unit)
+    return x
+
+
+def authors_q(u, eps):
+    """Q = H_1 ... H_R."""
+    return chain(torch.eye(u.shape[0], dtype=u.dtype), u, eps)
 
 
 def authors_layer(x, w, u, bias, eps):
     """(base(x) - b) Q + b."""
     return F.linear(x, w) @ authors_q(u, eps) + (0 if bias is None else bias)
-
-
-def chain(x, u, eps, transpose):
-    for column in reversed(u.unbind(1)) if transpose else u.unbind(1):
-        unit = column / torch.sqrt((column**2).sum() + eps)
-        x = x - 2 * torch.outer(x @ unit, unit)
-    return x
 
 
 def results(function, x, u, dy, dtype):
