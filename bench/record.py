@@ -30,12 +30,12 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from bench import COMMIT_VARIABLE
+from hra_kernels import env, ops
 from hra_kernels.measuring.stopwatch import Rounds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,13 +51,6 @@ def _git(*arguments: str) -> str | None:
         return None
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpu() -> dict:
@@ -80,17 +73,8 @@ def _gpu() -> dict:
     return found
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def backend_report() -> dict[str, str | None]:
     """`ops.backend_report()` without the names of this machine's files, which import errors mention."""
-    from hra_kernels import ops
-
     return {name: reason and re.sub(r"\s*\(/[^)]*\)", "", reason) for name, reason in ops.backend_report().items()}
 
 
@@ -102,9 +86,13 @@ def describe(device: torch.device, settings: dict) -> dict:
         "commit": _git("rev-parse", "HEAD") or os.environ.get(COMMIT_VARIABLE),
         "dirty": bool(changed) if changed is not None else None,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: env.version(name) for name in _PACKAGES},
         "device": device.type,
-        "cpu": {"name": cpu_name(), "isa": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "cpu": {
+            "name": env.cpu_name(),
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        },
         "gpu": _gpu() if device.type == "cuda" else None,
         "backends": backend_report(),
         "settings": settings,

@@ -19,7 +19,7 @@ from hra_kernels import ops
 from hra_kernels.backends import cpu as cpu_backend
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def _first_match(pattern: str, text: str) -> str | None:
     return match.group(1).strip() if match else None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         name = _first_match(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -84,7 +84,7 @@ def _is_right_on_hopper(ptxas) -> bool:
 
 def _ptxas_note() -> str | None:
     """The assembler that Triton uses on the first GPU, and a doubt about it if there is one; None where none is."""
-    if not torch.cuda.is_available() or torch.version.hip or _version("triton") is None:
+    if not torch.cuda.is_available() or torch.version.hip or version("triton") is None:
         return None
     capability = torch.cuda.get_device_capability(0)
     try:
@@ -103,7 +103,7 @@ def _ptxas_note() -> str | None:
 
 
 def _peft_support() -> str:
-    if _version("peft") is None:
+    if version("peft") is None:
         return "not installed: pip install 'hra-kernels[peft]'"
     try:
         importlib.import_module("hra_kernels.peft")
@@ -129,18 +129,18 @@ def report() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": _usable_cores(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "cuda_of_torch": torch.version.cuda,
         "gpus": _gpus(),
         "nvcc": _nvcc(),
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "ptxas": _ptxas_note(),
-        "peft": _version("peft"),
+        "peft": version("peft"),
         "peft_support": _peft_support(),
-        "transformers": _version("transformers"),
+        "transformers": version("transformers"),
         "backends": ops.backend_report(),
         "cpu_isa": _cpu_isa(),
         "forced_backend": os.environ.get(ops.BACKEND_VARIABLE) or None,

@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from hra_kernels import ops
+from hra_kernels import factor_cache, ops
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -82,3 +82,13 @@ def device(request):
     if torch.cuda.is_available() and ops.BACKENDS[name].why_unsupported(gpu, torch.bfloat16, 8) is None:
         return gpu
     return torch.device("cpu")
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """A list with one entry for each factor computed, its number of chains."""
+    calls = []
+    monkeypatch.setattr(
+        factor_cache, "chain_factor", lambda us, *rest: calls.append(len(us)) or ops.chain_factor(us, *rest)
+    )
+    return calls

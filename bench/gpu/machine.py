@@ -8,23 +8,17 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from bench import timing
+from hra_kernels import env
+
 PACKAGES = ["torch", "triton", "numpy", "peft", "transformers", "diffusers", "pytest", "pytest-xdist", "pytest-timeout"]
 PACKAGES += ["hypothesis", "pybind11", "scikit-build-core", "cmake", "ninja"]
 TOOLS = ("nvcc", "compute-sanitizer", "ncu", "cuobjdump", "git")
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def assemblers() -> dict[str, str]:
@@ -40,22 +34,15 @@ def assemblers() -> dict[str, str]:
     return versions
 
 
-def seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Of one call, after three to warm up."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(3):
-        run()
-    wait()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    wait()
-    return (time.perf_counter() - start) / repeats
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Of one call: the fastest of ten."""
+    sample = timing.wall_sampler(timing.Variant(lambda i: run()), device)
+    return min(sample() for _ in range(10))
 
 
 def facts(device: torch.device) -> dict:
     """Versions, the GPU, tools on the PATH, copy rate and rate of a matrix product."""
-    found = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    found = {"python": platform.python_version()} | {name: env.version(name) for name in PACKAGES}
     found |= {"assemblers": assemblers(), "tools": {name: shutil.which(name) is not None for name in TOOLS}}
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -1,6 +1,5 @@
 # The CUDA module, where nvcc is found; or, for tests, the same kernels on the CPU emulation.
 option(HRA_EMULATION "Build the module _emulated, the CUDA kernels on the CPU, and not _cuda" OFF)
-option(HRA_EMULATION_SANITIZE "Build _emulated with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 
 option(HRA_CUDA_STRICT "Fail where a CUDA kernel spills registers or uses local memory" OFF)
 set(HRA_SPIN_LIMIT "" CACHE STRING "Nanoseconds after which a CUDA kernel that waits for a message traps, for tests; empty: it waits")
@@ -15,11 +14,6 @@ if(HRA_EMULATION)
   target_include_directories(_emulated PRIVATE ${CMAKE_CURRENT_SOURCE_DIR} ${CMAKE_CURRENT_SOURCE_DIR}/../tests/cuda)
   target_compile_definitions(_emulated PRIVATE HRA_EMULATION HRA_MODULE_NAME=_emulated)
   target_compile_options(_emulated PRIVATE -O2)
-  if(HRA_EMULATION_SANITIZE)
-    set(sanitizers -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
-    target_compile_options(_emulated PRIVATE ${sanitizers})
-    target_link_options(_emulated PRIVATE ${sanitizers})
-  endif()
   return()
 endif()
 

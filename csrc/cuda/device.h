@@ -65,8 +65,8 @@ struct Mailbox {
 
 inline char* dynamic_shared() { return emulation::dynamic_shared(); }
 inline unsigned cluster_rank() { return emulation::cluster_rank(); }
-inline void sync_warp() { emulation::warp_collective("__syncwarp", kFullWarp, nullptr, nullptr); }
-inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(kFullWarp, value, mask); }
+inline void sync_warp() { emulation::warp_collective("__syncwarp", nullptr, nullptr); }
+inline float shuffle_xor(float value, int mask) { return emulation::shuffle_xor(value, mask); }
 
 inline void cp_async_16(void* shared, const void* global, int bytes) {
   emulation::async_copy(shared, global, static_cast<unsigned>(bytes));

@@ -124,8 +124,14 @@ class _Generator(torch.Generator):
 class _Stream:
     stream_id = cuda_stream = 0
 
+    def __init__(self, devices: _Devices | None = None) -> None:
+        self.devices = devices
+
     def wait_stream(self, other: "_Stream") -> None:
         pass
+
+    def is_capturing(self) -> bool:
+        return self.devices.capturing
 
 
 class _Event:
@@ -162,7 +168,8 @@ class _Watched:
 
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[None]:
-    devices, stream, choose, engine = _Devices(), _Stream(), ops.choose, torch.autograd._engine_run_backward
+    devices, choose, engine = _Devices(), ops.choose, torch.autograd._engine_run_backward
+    stream = _Stream(devices)
 
     @contextlib.contextmanager
     def capture(graph: _Graph) -> Iterator[None]:
@@ -193,6 +200,9 @@ def pretend_gpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stub))
+        # a PyTorch built for CUDA, as optimizers ask, whether this one is or not
+        built = {"current_accelerator": lambda check_available=False: GPU, "current_stream": lambda device=None: stream}
+        stack.enter_context(mock.patch.multiple(torch.accelerator, **built))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         place = property(lambda tensor: HOST if _is_on_host(tensor) else GPU)
         stack.enter_context(mock.patch.object(Tensor, "device", place))

@@ -264,7 +264,9 @@ def test_threads_are_torchs_own():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 33, 3), (50, 97, 8), (7, 64, 17)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (13, 33, 3), (50, 97, 8), (7, 64, 17), (2, 801, 31), (0, 5, 2), (4, 0, 3)], ids=str
+)
 def test_writes_all_of_its_rows_and_nothing_else(isa, shape, dtype):
     """Outputs are rows of wider arrays filled with a mark: every element of a row is written, none between them."""
     M, D, R = shape
@@ -279,6 +281,10 @@ def test_writes_all_of_its_rows_and_nothing_else(isa, shape, dtype):
     native.reflect_fwd(y=y[1, 2:].data_ptr(), stride_ym=stride, stride_xm=D, **pointers, **sizes)
     gradients = {"dx": dx[1, 2:].data_ptr(), "dv": dv[1].data_ptr(), "dt": dt[1].data_ptr(), "dy": dy.data_ptr()}
     native.reflect_bwd(stride_dxm=stride, stride_dym=D, stride_xm=D, **gradients, **pointers, **sizes)
+    for alone, tensor in (("dx", dx), ("dv", dv), ("dt", dt)):  # and each without the others
+        again, only = tensor.clone(), dict.fromkeys(("dx", "dv", "dt"), 0) | {alone: gradients[alone]}
+        native.reflect_bwd(stride_dxm=stride, stride_dym=D, stride_xm=D, **(gradients | only), **pointers, **sizes)
+        assert torch.equal(tensor, again)
     for wide in (y, dx):
         inside = wide[1:-1, 2 : 2 + D].clone()
         assert not (inside == mark).any()
@@ -290,6 +296,22 @@ def test_writes_all_of_its_rows_and_nothing_else(isa, shape, dtype):
     native.weight_side_bwd(stride_dxm=D, stride_xm=D, **gradients, **pointers, **sizes)
     for padded in (p, dv, dt, weight_dv, weight_dt):
         assert (padded[[0, -1]] == mark).all() and not (padded[1:-1] == mark).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 0.0, 1e-310, 1e-42, 1e-20, 1e30, 1e300])
+def test_values_that_no_sum_holds(isa, value, dtype):
+    """Nothing crashes or runs on, and what spoils a row of x stays in its row."""
+    value = torch.tensor(value, dtype=torch.float64).to(dtype)
+    for apply_gs in (False, True):
+        u = torch.randn(37, 5).to(dtype)
+        u[:, 1] = u[3, 4] = value
+        v, t = CPU.wy_factor(u, apply_gs)
+        CPU.wy_factor_bwd(torch.zeros_like(v) + value, torch.zeros_like(t) + value, u, v, t, apply_gs)
+    x, spoiled = torch.randn(13, 37).to(dtype), torch.arange(13) == 4
+    x[4, 2] = value
+    y, _ = CPU.reflect_fwd(x, torch.randn_like(v) / 10, torch.randn_like(t) / 10, False)
+    assert y[~spoiled].isfinite().all() and (not value.isnan() or y[spoiled].isnan().all())
 
 
 def test_strided_u_and_factor_inputs_that_are_not_contiguous():

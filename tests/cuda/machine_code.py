@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 
 from hra_kernels.backends import tuning
+from tests import native
 from tests.cuda import emulation
 
 ARCHITECTURE = "90a"
@@ -82,21 +83,9 @@ def _installed() -> Path | None:
 
 def build(name: str, **options: str) -> Path:
     """The path of `_cuda`, built into build/`name`, where a spill or local memory is an error."""
-    import pybind11
-
-    folder = emulation.ROOT / "build" / name
-    options = {
-        "HRA_CUDA": "ON",
-        "HRA_CUDA_STRICT": "ON",
-        "CMAKE_CUDA_ARCHITECTURES": f"{ARCHITECTURE}-real",
-        "pybind11_DIR": pybind11.get_cmake_dir(),
-        "Python_EXECUTABLE": sys.executable,
-    } | options
-    defined = [f"-D{option}={value}" for option, value in options.items()]
-    emulation.run(["cmake", "-S", str(emulation.ROOT / "csrc"), "-B", str(folder), *defined])
-    emulation.run(["cmake", "--build", str(folder), "--target", "_cuda", "--parallel", "2"])
-    (built,) = folder.glob("_cuda*.so")
-    return built
+    architectures = f"{ARCHITECTURE}-real"
+    strict = {"HRA_CUDA": "ON", "HRA_CUDA_STRICT": "ON", "CMAKE_CUDA_ARCHITECTURES": architectures}
+    return native.build("_cuda", name, **strict, **options)
 
 
 def compiled_module() -> Path:
@@ -129,17 +118,17 @@ def kernels(module: Path) -> list[Kernel]:
 
 def launches(direction: str, D: int, R: int, dtype: torch.dtype, size: int, rows: int = 16):
     """(blocks, blocks per cluster, shared bytes) of each launch of a pass on the emulation with one slice."""
-    native = emulation.emulated()
-    native.emulate(0)
-    backend = emulation.backend(native)
+    emulated = emulation.emulated()
+    emulated.emulate(0)
+    backend = emulation.backend(emulated)
     x, v, t = torch.zeros(rows, D, dtype=dtype), torch.zeros(R, D), torch.zeros(R, R)
-    native.launches()
+    emulated.launches()
     with mock.patch.dict(tuning.SLICES, {key: [(tuning.WIDE, size)] for key in tuning.SLICES}):
         if direction == "forward":
             backend.reflect_fwd(x, v, t, True)
         else:
             backend.reflect_bwd(x, x, v, t, torch.zeros(rows, R), True)
-    return native.launches()
+    return emulated.launches()
 
 
 SLICES = {"forward": (512, 1024, 2048), "backward": (512, 1024)}

@@ -5,10 +5,8 @@ with one line changed, and the very checks of test_emulated.py must fail. The ri
 AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -16,10 +14,12 @@ import pytest
 import torch
 
 from hra_kernels.backends import tuning
+from tests import native
 from tests.cuda import emulation
 from tests.cuda.test_emulated import check_every_schedule
 
 HERE = Path(__file__).resolve().parent
+COMPILER = ["c++", "-std=c++17", "-O1", "-DHRA_EMULATION", f"-I{HERE}", "-xc++"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
 
 # what the planted bug of each probe turns into: a wrong result, or a report that holds these words
@@ -48,22 +48,10 @@ PROBES = {
 def compile_probes(folder, options):
     if shutil.which("c++") is None:
         pytest.skip("the CUDA emulation needs a C++ compiler to be built")
-    csrc = emulation.ROOT / "csrc"
+    csrc = native.ROOT / "csrc"
     sources = [HERE / "emulation_probes.cu", *sorted((HERE / "emulation").glob("*.cpp"))]
     program = folder / "emulation_probes"
-    command = [
-        "c++",
-        "-std=c++17",
-        "-O1",
-        "-DHRA_EMULATION",
-        f"-I{csrc}",
-        f"-I{HERE}",
-        *options,
-        "-x",
-        "c++",
-        *map(str, sources),
-    ]
-    subprocess.run([*command, "-o", str(program)], check=True)
+    subprocess.run([*COMPILER, *options, f"-I{csrc}", *map(str, sources), "-o", str(program)], check=True)
     return program
 
 
@@ -110,28 +98,10 @@ def test_shared_overrun_is_located_by_the_sanitizer(sanitized_probes):
 @pytest.mark.slow
 def test_kernels_under_sanitizers():
     """The kernels' own tests, in a process of their own, on a module built with both sanitizers."""
-    runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("the compiler has no libasan.so to preload")
-    environment = os.environ | {
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-    }
     tests = "every_schedule or every_slice or any_number or outside or alone_is_the_same"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--emulated-module={emulation.build(sanitize=True)}",
-        "tests/cuda/test_emulated.py",
-        "-k",
-        tests,
-    ]
-    done = subprocess.run(command, cwd=emulation.ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    module = f"--emulated-module={emulation.build('emulation-sanitized', HRA_SANITIZE='ON')}"
+    pytest_quietly = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    native.run_under_sanitizers(*pytest_quietly, module, "tests/cuda/test_emulated.py", "-k", tests)
 
 
 # --- the kernels with one line changed --------------------------------------------------------------------------------
@@ -139,16 +109,16 @@ def test_kernels_under_sanitizers():
 SHAPE = (104, 1000, 8, None)
 
 
-def check_reflections(native):
+def check_reflections(module):
     """More tiles than a cluster has places for, in clusters of two blocks."""
     with mock.patch.dict(tuning.SLICES, {key: [(tuning.WIDE, 512)] for key in tuning.SLICES}):
-        check_every_schedule(native, emulation.backend(native), SHAPE, torch.bfloat16)
+        check_every_schedule(module, emulation.backend(module), SHAPE, torch.bfloat16)
 
 
-def check_ragged(native):
+def check_ragged(module):
     """Rows that end within a vector, and a last tile that has fewer."""
     with mock.patch.dict(tuning.SLICES, {key: [(tuning.WIDE, 512)] for key in tuning.SLICES}):
-        check_every_schedule(native, emulation.backend(native), (33, 301, 13, None), torch.float16)
+        check_every_schedule(module, emulation.backend(module), (33, 301, 13, None), torch.float16)
 
 
 # (file that is changed, unit that is compiled, what stands there, what is planted, the check that must fail)
@@ -221,11 +191,11 @@ MUTANTS = {
 def objects():
     """The object files of the unchanged module, to link a changed one with."""
     emulation.build()
-    folder = emulation.ROOT / "build" / "emulation" / "CMakeFiles" / "_emulated.dir"
+    folder = native.ROOT / "build" / "emulation" / "CMakeFiles" / "_emulated.dir"
     sources = {
         path.name
         for part in ("csrc", "python_bindings", "tests/cuda/emulation")
-        for path in (emulation.ROOT / part).rglob("*.c*")
+        for path in (native.ROOT / part).rglob("*.c*")
     }
     return sorted(path for path in folder.rglob("*.o") if path.stem in sources)  # no leftovers of sources now gone
 
@@ -234,15 +204,15 @@ def objects():
 @pytest.mark.parametrize("bug", MUTANTS)
 def test_planted_bug_breaks_the_checks(objects, tmp_path, bug):
     changed, unit, before, after, checks = MUTANTS[bug]
-    csrc = shutil.copytree(emulation.ROOT / "csrc", tmp_path / "csrc")
+    csrc = shutil.copytree(native.ROOT / "csrc", tmp_path / "csrc")
     source = (csrc / "cuda" / changed).read_text()
     assert source.count(before) == 1, f"{before!r} is {source.count(before)} times in {changed}"
     (csrc / "cuda" / changed).write_text(source.replace(before, after))
     module = tmp_path / "_emulated.so"
     others = [str(path) for path in objects if path.name != f"{unit}.o"]
     assert len(others) == len(objects) - 1
-    compiler = ["c++", "-std=c++17", "-O1", "-w", "-fPIC", "-fvisibility=hidden", "-DHRA_EMULATION", f"-I{HERE}"]
-    subprocess.run([*compiler, "-xc++", "-c", str(csrc / "cuda" / unit), "-o", str(tmp_path / "unit.o")], check=True)
+    options = ["-w", "-fPIC", "-fvisibility=hidden", "-c", str(csrc / "cuda" / unit), "-o", str(tmp_path / "unit.o")]
+    subprocess.run([*COMPILER, *options], check=True)
     subprocess.run(["c++", "-shared", str(tmp_path / "unit.o"), *others, "-o", str(module)], check=True)
     with pytest.raises((AssertionError, RuntimeError)):
         checks(emulation.load(module))

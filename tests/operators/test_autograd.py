@@ -7,6 +7,7 @@ from torch._inductor import lowering
 from torch._inductor.utils import fresh_inductor_cache
 from torch.utils.checkpoint import checkpoint
 
+from bench.timing import saved_storages
 from hra_kernels import hra_linear, ops, reflect, reflect_chain, wy_factor
 from hra_kernels.testing.tolerance import relative, rounding
 
@@ -62,23 +63,14 @@ def test_saved_for_backward_is_x_and_little_more():
     M, D, R = 512, 256, 8
     x = torch.randn(M, D, requires_grad=True)
     w, u = torch.randn(64, D), torch.randn(D, R, requires_grad=True)
-    saved = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-    ):
-        hra_linear(x, w, u)
-    given = {t.untyped_storage().data_ptr() for t in (x, w, u)}
-    extra = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in given)
-    assert x.untyped_storage().data_ptr() in saved
-    assert extra <= 4 * (M + D + R) * R
+    saved = saved_storages(lambda: hra_linear(x, w, u), [w, u])
+    assert saved.pop(x.data_ptr()) == x.nbytes
+    assert sum(saved.values()) <= 4 * (M + D + R) * R
 
 
 def test_backward_with_only_x_wanted_saves_no_x():
     x, u = torch.randn(512, 256, requires_grad=True), torch.randn(256, 8)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        reflect_chain(x, [u], [False])
-    assert sum(saved) < 256 * 8 * 2
+    assert sum(saved_storages(lambda: reflect_chain(x, [u], [False]), []).values()) < 4 * 256 * 8 * 2
 
 
 def test_a_parameter_changed_before_backward_is_an_error():
@@ -120,39 +112,27 @@ def test_func_transforms(flags):
     torch.testing.assert_close(y, f(x, *us))
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        "wy_factor_fwd",
-        "wy_factor_many",
-        "wy_factor_bwd",
-        "reflect_fwd",
-        "reflect_dx",
-        "reflect_bwd",
-        "chain",
-        "chain_fwd",
-        "chain_bwd",
-        "weight_side_bwd",
-    ],
-)
+ARGUMENTS = {
+    "wy_factor_fwd": "u no",
+    "wy_factor_many": "us no",
+    "wy_factor_bwd": "dv dt u v t no",
+    "reflect_fwd": "x v t yes",
+    "reflect_dx": "dy v t yes",
+    "reflect_bwd": "dy x v t p yes",
+    "chain": "x u yes no",
+    "chain_fwd": "x u yes no",
+    "chain_bwd": "dy x u v t p yes no",
+    "weight_side_bwd": "dy x v t",
+}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(on_backend, op, dtype):
-    M, D, R = 6, 32, 4
-    x, dy = torch.randn(2, M, D).to(dtype)
-    u, v, dv, t, dt, p = (torch.randn(*s) for s in ((D, R), (R, D), (R, D), (R, R), (R, R), (M, R)))
-    arguments = {
-        "wy_factor_fwd": (u, False),
-        "wy_factor_many": (torch.stack([u, 2 * u]), False),
-        "wy_factor_bwd": (dv, dt, u, v, t, False),
-        "reflect_fwd": (x, v, t, True),
-        "reflect_dx": (dy, v, t, True),
-        "reflect_bwd": (dy, x, v, t, p, True),
-        "chain": (x, u, True, False),
-        "chain_fwd": (x, u, True, False),
-        "chain_bwd": (dy, x, u, v, t, p, True, False),
-        "weight_side_bwd": (dy, x, v, t),
-    }
-    torch.library.opcheck(getattr(torch.ops.hra, op).default, arguments[op])
+    shapes = {"us": (2, 32, 4), "u": (32, 4), "v": (4, 32), "dv": (4, 32), "t": (4, 4), "dt": (4, 4), "p": (6, 4)}
+    values = {name: torch.randn(shape) for name, shape in shapes.items()} | {"yes": True, "no": False}
+    values |= {name: torch.randn(6, 32).to(dtype) for name in ("x", "dy")}
+    torch.library.opcheck(getattr(torch.ops.hra, op).default, [values[name] for name in ARGUMENTS[op].split()])
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

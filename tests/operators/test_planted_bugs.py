@@ -230,14 +230,13 @@ WEIGHT_SIDE_BUGS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [RANDOM, Case(130, 264, 7)], ids=str)
-@pytest.mark.parametrize("bug", WEIGHT_SIDE_BUGS)
-def test_the_rule_rejects_on_the_weight_side(bug, case, dtype):
+def test_the_rule_rejects_on_the_weight_side(case, dtype):
     x, u, dx = make_inputs(case, dtype)
     v, t = reference.wy_factor(u)
-    du = reference.wy_factor_bwd(*WEIGHT_SIDE_BUGS[bug](dx, x, v, t), u, v, t)
     exact = explicit_weight_side(x, u, dx, case)
     plain = naive(x, u, dx, case, dtype, explicit_weight_side)
-    assert bool(violations({"du": du}, plain, exact, dtype, case.R)) == (bug != "correct")
+    found = {bug: reference.wy_factor_bwd(*run(dx, x, v, t), u, v, t) for bug, run in WEIGHT_SIDE_BUGS.items()}
+    assert [bug for bug in found if not violations({"du": found[bug]}, plain, exact, dtype, case.R)] == ["correct"]
 
 
 def reflected(x, u):

@@ -1,6 +1,7 @@
 """Soft chains (eps) and the output side: every backend against the authors' layer, written out from its formula."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from hra_kernels.factors import factor_dtype
 from hra_kernels.functional import hra_conv2d, hra_linear, hra_weight
 from hra_kernels.reference import dense
 from hra_kernels.soft import Soft
+from hra_kernels.testing.cases import DTYPES, Case, naive
 from hra_kernels.testing.tolerance import assert_accurate, relative, rounding, violations
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EPS = 1e-4
 KINDS = ["short", "threshold", "long", "pairs", "pairs_step", "zero_columns", "scales"]
 
@@ -41,25 +42,22 @@ def vectors(kind, features, rank):
     return u
 
 
-def authors_q(u, eps):
-    """Q = H_1 ... H_R, one reflection at a time, as the authors' code for language models has it."""
-    q = torch.eye(u.shape[0], dtype=u.dtype)
-    for column in u.unbind(1):
+def chain(x, u, eps, transpose=False):
+    """One reflection at a time, as the authors' code for language models has it."""
+    for column in reversed(u.unbind(1)) if transpose else u.unbind(1):
         unit = column / torch.sqrt((column**2).sum() + eps)
-        q = q @ (torch.eye(u.shape[0], dtype=u.dtype) - 2 * torch.outer(unit, unit))
-    return q
+        x = x - 2 * torch.outer(x @ unit, unit)
+    return x
+
+
+def authors_q(u, eps):
+    """Q = H_1 ... H_R."""
+    return chain(torch.eye(u.shape[0], dtype=u.dtype), u, eps)
 
 
 def authors_layer(x, w, u, bias, eps):
     """(base(x) - b) Q + b."""
     return F.linear(x, w) @ authors_q(u, eps) + (0 if bias is None else bias)
-
-
-def chain(x, u, eps, transpose):
-    for column in reversed(u.unbind(1)) if transpose else u.unbind(1):
-        unit = column / torch.sqrt((column**2).sum() + eps)
-        x = x - 2 * torch.outer(x @ unit, unit)
-    return x
 
 
 def results(function, x, u, dy, dtype):
@@ -69,18 +67,17 @@ def results(function, x, u, dy, dtype):
     return {"y": y.detach(), "dx": x.grad, "du": u.grad}
 
 
-def answers(kind, dtype, transpose, eps=EPS, shape=(130, 264, 7)):
+def authors_chain(x, u, dy, case, dtype=torch.float64):
+    return results(lambda x, u: chain(x, u, EPS, case.transpose), x, u, dy, dtype)
+
+
+@functools.cache
+def answers(kind, dtype, transpose):
     """(inputs, the exact answer, the naive one in dtype)."""
-    M, D, R = shape
-    x, dy = (torch.randn(M, D, generator=generator(seed)).to(dtype) for seed in (0, 1))
-    u = vectors(kind, D, R).to(factor_dtype(dtype))
-    exact = results(lambda x, u: chain(x, u, eps, transpose), x, u, dy, torch.float64)
-    if dtype != torch.float64:
-        return (x, u, dy), exact, results(lambda x, u: chain(x, u, eps, transpose), x, u, dy, dtype)
-    order = torch.randperm(D, generator=generator(2))  # nothing is wider: another order of features
-    naive = results(lambda x, u: chain(x, u, eps, transpose), x[:, order], u[order], dy[:, order], dtype)
-    back = torch.argsort(order)
-    return (x, u, dy), exact, {"y": naive["y"][:, back], "dx": naive["dx"][:, back], "du": naive["du"][back]}
+    case = Case(130, 264, 7, transpose=transpose)
+    x, dy = (torch.randn(case.M, case.D, generator=generator(seed)).to(dtype) for seed in (0, 1))
+    u = vectors(kind, case.D, case.R).to(factor_dtype(dtype))
+    return (x, u, dy), authors_chain(x, u, dy, case), naive(x, u, dy, case, dtype, authors_chain)
 
 
 def ours(x, u, dy, eps, transpose, device="cpu"):
@@ -97,8 +94,8 @@ def test_soft_chain(on_backend, kind, transpose, dtype, device):
     reason = ops.BACKENDS[on_backend].why_unsupported(device, dtype, 7, 264)
     if reason:
         pytest.skip(reason)
-    (x, u, dy), exact, naive = answers(kind, dtype, transpose)
-    assert_accurate(ours(x, u, dy, EPS, transpose, device), naive, exact, dtype, 7)
+    (x, u, dy), exact, plain = answers(kind, dtype, transpose)
+    assert_accurate(ours(x, u, dy, EPS, transpose, device), plain, exact, dtype, 7)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e12])
@@ -129,7 +126,7 @@ CAUGHT = {
 @pytest.mark.parametrize("kind", CAUGHT)
 def test_planted_bugs(kind):
     """Each bug breaks the accuracy rule in float32, and the correct chain does not."""
-    (x, u, dy), exact, naive = answers(kind, torch.float32, False)
+    (x, u, dy), exact, plain = answers(kind, torch.float32, False)
 
     def planted(eps=EPS, outside=False, reverse=False, plain_gradient=False):
         if outside:  # u / (|u| + eps)
@@ -149,7 +146,7 @@ def test_planted_bugs(kind):
             return results(lambda x, u: chain(x, u, 0.0, False), x, u, dy, torch.float64)
         return ours(x, u, dy, eps, reverse)
 
-    caught = {bug for bug, how in BUGS.items() if violations(planted(**how), naive, exact, torch.float32, 7)}
+    caught = {bug for bug, how in BUGS.items() if violations(planted(**how), plain, exact, torch.float32, 7)}
     assert caught == CAUGHT[kind]
 
 

@@ -1,5 +1,6 @@
 """`hra_linear` on both sides against the explicit chain in float64, and when it takes the weight side."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bench.timing import saved_storages
 from hra_kernels import hra_linear, ops, reference, weight_side
 from hra_kernels.testing.cases import CASES, SMALL_CASES, make_inputs, unit_columns
 from hra_kernels.testing.tolerance import assert_accurate, violations
@@ -52,6 +54,13 @@ def linear_inputs(case, dtype):
     return x.requires_grad_(), w, u.requires_grad_(), randn(case.M, OUTPUTS, seed=2).to(dtype)
 
 
+@functools.cache
+def linear_answers(case, dtype):
+    """Inputs, the exact answer and the naive one: every backend's, and both sides'."""
+    inputs = linear_inputs(case, dtype)
+    return inputs, explicit_linear(*inputs, case, torch.float64), explicit_linear(*inputs, case, dtype)
+
+
 def linear_results(x, w, u, dy, case):
     y = hra_linear(x, w, u, apply_gs=case.apply_gs)
     dx, du = torch.autograd.grad(y, (x, u), dy)
@@ -66,13 +75,11 @@ def test_accuracy(on_backend, case, dtype, side, device):
     reason = ops.BACKENDS[on_backend].why_unsupported(device, dtype, case.R, case.D)
     if reason:
         pytest.skip(reason)
-    inputs = linear_inputs(case, dtype)
+    inputs, exact, naive = linear_answers(case, dtype)
     y, got = linear_results(
         *(tensor.detach().to(device).requires_grad_(tensor.requires_grad) for tensor in inputs), case
     )
     assert is_weight_side(y) == side
-    exact = explicit_linear(*inputs, case, torch.float64)
-    naive = explicit_linear(*inputs, case, dtype)
     assert_accurate({name: tensor.cpu() for name, tensor in got.items()}, naive, exact, dtype, case.R)
 
 
@@ -117,15 +124,9 @@ def test_second_derivatives(flags):
 def test_saves_x_and_little_more():
     M, D, R = 512, 256, 8
     x, w, u = torch.randn(M, D, requires_grad=True), torch.randn(64, D), torch.randn(D, R, requires_grad=True)
-    saved = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-    ):
-        assert is_weight_side(hra_linear(x, w, u))
-    given = {t.untyped_storage().data_ptr() for t in (x, w, u)}
-    extra = sum(t.untyped_storage().nbytes() for pointer, t in saved.items() if pointer not in given)
-    assert x.untyped_storage().data_ptr() in saved
-    assert extra <= 4 * (D + R) * R
+    saved = saved_storages(lambda: hra_linear(x, w, u), [w, u])
+    assert saved.pop(x.data_ptr()) == x.nbytes
+    assert sum(saved.values()) <= 4 * (D + R) * R
 
 
 @pytest.mark.parametrize("changed", ["w", "u"])
@@ -231,8 +232,7 @@ def reflected_in_forward_only():
 @pytest.mark.usefixtures("on_weight_side")
 def test_the_rule_rejects(bug, monkeypatch):
     case = next(case for case in INPUT_CASES if case.M >= 128 and case.R == 8)
-    inputs = linear_inputs(case, torch.float32)
-    naive, exact = (explicit_linear(*inputs, case, dtype) for dtype in (torch.float32, torch.float64))
+    inputs, exact, naive = linear_answers(case, torch.float32)
     assert not violations(linear_results(*inputs, case)[1], naive, exact, torch.float32, case.R)
     monkeypatch.setattr(weight_side, "_reflected", bug)
     assert violations(linear_results(*inputs, case)[1], naive, exact, torch.float32, case.R)

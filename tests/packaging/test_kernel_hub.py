@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO_ID = "someone/hra"
@@ -82,12 +83,16 @@ def repository(tmp_path_factory):
 
 
 def build(repository: Path, out: Path, revision: str) -> tuple[Path, str]:
-    """(build variant for the CPU, its identifier), of what is in the repository now."""
-    variant, identifier = out / "build" / "torch-cpu", f"_hra_cpu_{revision}"
+    """(build variant, its identifier), of what is in the repository now.
+
+    The variant is the one the hub's loader takes here: it goes by PyTorch's build, whether or not there is a GPU.
+    """
+    backend = "cuda" if torch.version.cuda else "rocm" if torch.version.hip else "cpu"
+    variant, identifier = out / "build" / f"torch-{backend}", f"_hra_{backend}_{revision}"
     shutil.copytree(repository / "torch-ext" / "hra", variant, ignore=shutil.ignore_patterns("__pycache__"))
     (variant / "_ops.py").write_text(OPS.format(identifier=identifier))
     metadata = {
-        "id": identifier, "name": "hra", "version": 0, "license": "Apache-2.0", "backend": {"type": "cpu"},
+        "id": identifier, "name": "hra", "version": 0, "license": "Apache-2.0", "backend": {"type": backend},
         "python-depends": [],
     }  # fmt: skip
     (variant / "metadata.json").write_text(json.dumps(metadata))

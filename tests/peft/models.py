@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import hra_kernels.peft
 from hra_kernels import reference
+from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.testing.tolerance import relative  # noqa: F401  for the tests beside this file
 
 
@@ -28,11 +29,27 @@ class Net(nn.Module):
 ALL_LAYERS = ("conv", "lin0", "lin1")
 
 
+class Experts(nn.Module):
+    """A fused weight (E, N, D): every expert's output for every input."""
+
+    def __init__(self, experts: int = 3, out: int = 5, features: int = 6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, out, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.mT
+
+
 def seeded(make, seed: int = 0):
     """make() under a seed of its own."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make()
+
+
+def images(batch: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Inputs of `Net`, always the same."""
+    return seeded(lambda: torch.randn(batch, 3, 8, 8), 11).to(dtype)
 
 
 def config(targets=ALL_LAYERS, **settings) -> HRAConfig:
@@ -64,6 +81,11 @@ def layer_of(base: nn.Module, **settings) -> nn.Module:
     return adapt(nn.Sequential(base), targets=["0"], **settings).base_model.model[0]
 
 
+def layers_of(model: nn.Module) -> list[ReflectionLayer]:
+    """All of this package's layers."""
+    return [module for module in model.modules() if isinstance(module, ReflectionLayer)]
+
+
 def set_u(layer: nn.Module, u: Tensor, adapter: str = "default") -> None:
     """Put these vectors into a layer, in its own dtype."""
     with torch.no_grad():
@@ -82,6 +104,31 @@ def merged_weight(layer: nn.Module, *adapters: str) -> Tensor:
     for name in adapters or layer.active_adapters:
         rows = rows @ dense_q(layer.hra_u[name], layer.hra_apply_GS[name])
     return rows.reshape(weight.shape)
+
+
+def dense_power(q: Tensor, power: float) -> Tensor:
+    """Q^power by the eigenvalues of the dense matrix, on their principal branch."""
+    if power in (1, -1):
+        return q if power == 1 else q.mT
+    values, vectors = torch.linalg.eig(q)
+    return (vectors @ torch.diag(values**power) @ torch.linalg.inv(vectors)).real
+
+
+def exact_forward(model: nn.Module, adapters, x: Tensor) -> Tensor:
+    """`Net` in float64 with W Q_1 Q_2 ... of these adapters as its weights; a pair (adapter, w) is Q^w."""
+    net, plain = model.base_model.model, Net().double()
+    with torch.no_grad():
+        for layer_name in ALL_LAYERS:
+            layer, target = getattr(net, layer_name), getattr(plain, layer_name)
+            rows = layer.get_base_layer().weight.double().flatten(1)
+            for one in adapters:
+                name, power = one if isinstance(one, tuple) else (one, 1)
+                if name in layer.hra_u:
+                    rows = rows @ dense_power(dense_q(layer.hra_u[name], layer.hra_apply_GS[name]), power)
+            target.weight.copy_(rows.reshape(target.weight.shape))
+            if layer.bias is not None:
+                target.bias.copy_(layer.bias)
+        return plain(x.double())
 
 
 def linear(features=48, out=20, dtype=torch.float32, seed=0, **settings) -> nn.Linear:

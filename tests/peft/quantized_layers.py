@@ -105,6 +105,20 @@ def stored(module):
     return {"bias": module.bias, **{name: getattr(weight, name) for name in names}}
 
 
+def snapshot(module):
+    """A copy of them."""
+    return {name: tensor.detach().clone() for name, tensor in stored(module).items()}
+
+
+def same_bits(module, kept):
+    """Raise unless they are those of a snapshot."""
+    now = stored(module)
+    assert now.keys() == kept.keys()
+    for name, tensor in now.items():
+        bits, before = (one.contiguous().view(torch.uint8) for one in (tensor, kept[name]))
+        assert tensor.dtype == kept[name].dtype and torch.equal(bits, before), name
+
+
 MERGEABLE = {
     "bitsandbytes 8-bit": ("bitsandbytes", bnb_8bit),
     "bitsandbytes nf4": ("bitsandbytes", lambda: bnb_4bit(quant_type="nf4", compress_statistics=False)),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import hra_kernels.peft
 from tests.peft.models import adapt, seeded
 
+pytestmark = pytest.mark.usefixtures("enabled")
 NAMES_BY_TUNER = pytest.mark.skipif(
     not hasattr(peft.tuners.tuners_utils.BaseTuner, "_remove_adapter_name_from_key"),
     reason="PEFT 0.20 and older name the tensors of a file without asking the tuner",
@@ -37,12 +38,6 @@ class Deep(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
-
-
-@pytest.fixture(autouse=True)
-def tuner_on():
-    with hra_kernels.peft.enabled():
-        yield
 
 
 def compiled_blocks(deep: nn.Module) -> nn.Module:

@@ -15,9 +15,8 @@ from torch._dynamo.backends.common import aot_autograd
 from bench.host import triton_without_launches
 from bench.providers import Unavailable
 from hra_kernels import factor_cache
-from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.testing.tolerance import relative, rounding
-from tests.peft.models import adapt, config, seeded
+from tests.peft.models import adapt, config, layers_of, seeded
 from tests.peft.test_transforms import COMPILES_PEFT
 
 pytestmark = [COMPILES_PEFT, pytest.mark.slow]
@@ -50,10 +49,6 @@ def on_a_gpu(monkeypatch):
 @pytest.fixture
 def model():
     return adapt(seeded(Net), targets=TARGETS)
-
-
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, ReflectionLayer)]
 
 
 def compiled(model, fullgraph=True):

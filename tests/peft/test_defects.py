@@ -1,12 +1,11 @@
-"""What PEFT's own HRA gets wrong or refuses, right here: one test each (convolutions: `test_defects_conv.py`)."""
+"""What PEFT's own HRA gets wrong or refuses, right here: one test each (of convolutions in `test_layer_kinds.py`)."""
 
-import os
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import HRAConfig, PeftModel, get_peft_model
+from peft import HRAConfig, PeftModel
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
@@ -206,39 +205,18 @@ def test_offloaded_layer_merges():
     assert relative(model(x), exact) < FLOAT32
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_no_adapter_active_is_bit_equal(kind):
-    base = linear() if kind == "linear" else conv2d(3)
-    x = torch.randn((5, 48) if kind == "linear" else (2, 3, 7, 7))
-    expected = base(x)
-    layer = layer_of(base)
-    assert not torch.equal(layer(x), expected)
-    layer.set_adapter([])
-    assert torch.equal(layer(x), expected)
-    layer.set_adapter(["default"])
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), expected)
-
-
 # --- 16-bit -----------------------------------------------------------------------------------------------------------
 
 
-def adapt_16_bit_vectors(base):
-    """An adapter whose hra_u stays in the base layer's 16-bit dtype."""
-    with hra_kernels.peft.enabled():
-        return seeded(
-            lambda: get_peft_model(
-                nn.Sequential(base),
-                HRAConfig(r=8, init_weights=False, target_modules=["0"]),
-                autocast_adapter_dtype=False,
-            ),
-            1,
-        )
+def layer_with_16_bit_vectors(base):
+    """Its hra_u stays in the base layer's 16-bit dtype, as with `autocast_adapter_dtype=False`."""
+    layer = layer_of(base, r=8)
+    layer.hra_u["default"].data = layer.hra_u["default"].data.to(base.weight.dtype)
+    return layer
 
 
 def test_bf16_vectors_have_float32_factors():
-    model = adapt_16_bit_vectors(linear(256, 64, torch.bfloat16))
-    layer = model.base_model.model[0]
+    layer = layer_with_16_bit_vectors(linear(256, 64, torch.bfloat16))
     u = layer.hra_u["default"]
     assert u.dtype == torch.bfloat16
     v, t = layer._factors.get([u], [False], torch.bfloat16)
@@ -249,12 +227,9 @@ def test_bf16_vectors_have_float32_factors():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vectors", ["16 bit", "float32"])
-def test_hundred_merge_cycles_restore_the_bits(dtype, vectors):
-    if vectors == "16 bit":
-        layer = adapt_16_bit_vectors(linear(64, 32, dtype)).base_model.model[0]
-    else:
-        layer = layer_of(linear(64, 32, dtype))
+@pytest.mark.parametrize("make", [layer_with_16_bit_vectors, layer_of])
+def test_hundred_merge_cycles_restore_the_bits(dtype, make):
+    layer = make(linear(64, 32, dtype))
     before = layer.weight.clone()
     for _ in range(100):
         layer.merge()
@@ -304,23 +279,6 @@ def test_float32_input_into_bf16_base():
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
-
-
-def test_mixed_batch():
-    """Values, gradients and PEFT's rules: test_mixed_batch.py."""
-    model = adapt(seeded(Net), targets=["lin0", "lin1"]).eval()
-    x = torch.randn(2, 3, 8, 8)
-    y = model(x, adapter_names=["default", "__base__"])
-    assert relative(y[0], model(x)[0]) < FLOAT32
-    with model.disable_adapter():
-        assert torch.equal(y[1], model(x)[1])
-
-
-def test_convert_to_lora():
-    """Exact at the adapter's own rank; values in test_export.py."""
-    lora = pytest.importorskip("peft.tuners.lora.conversion")
-    config, state = lora.convert_to_lora(adapt(seeded(Net), targets=["lin0"]), rank=4)
-    assert config.r == 4 and len(state) == 2
 
 
 class Tied(nn.Module):
@@ -379,74 +337,8 @@ def test_base_weight_that_requires_grad(kind):
     assert relative(layer.base_layer.weight.grad, expected) < FLOAT32
 
 
-@pytest.fixture
-def one_process_group(tmp_path):
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("torch.distributed is not built in")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_fsdp2(one_process_group):
-    """Forward, backward and merge; on two processes: test_distributed.py."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = adapt(seeded(Net))
-    x = torch.randn(4, 3, 8, 8)
-    exact = model(x)
-    dy = torch.randn_like(exact)
-    grads = torch.autograd.grad(exact, [p for p in model.parameters() if p.requires_grad], dy)
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    y = model(x)
-    assert relative(y, exact) < FLOAT32
-    y.backward(dy)
-    sharded = [p.grad.full_tensor() for p in model.parameters() if p.requires_grad]
-    assert all(relative(got, expected) < FLOAT32 for got, expected in zip(sharded, grads, strict=True))
-    model.merge_adapter()
-    assert relative(model(x), exact) < FLOAT32
-    model.unmerge_adapter()
-    assert relative(model(x), exact) < FLOAT32
-
-
-def test_tensor_parallel_row_wise(one_process_group):
-    """More layouts, and two processes: test_distributed.py."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
-
-    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-    plain = adapt(nn.Sequential(linear()), targets=["0"])
-    model = parallelize_module(nn.Sequential(linear()), mesh, {"0": RowwiseParallel(input_layouts=Shard(-1))})
-    adapted = adapt(model, targets=["0"])
-    x = torch.randn(4, 48)
-    y = adapted(distribute_tensor(x, mesh, [Shard(-1)]))
-    assert relative(y, plain(x)) < FLOAT32
-    y.sum().backward()
-    plain(x).sum().backward()
-    grads = [model.base_model.model[0].hra_u["default"].grad for model in (adapted, plain)]
-    assert relative(*grads) < FLOAT32
-    adapted.merge_adapter()
-    assert relative(adapted(x), plain(x)) < FLOAT32
-
-
-def test_torch_export():
-    model = adapt(seeded(Net)).eval().base_model.model
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (torch.randn(4, 3, 8, 8),), dynamic_shapes=({0: batch},))
-    more = torch.randn(7, 3, 8, 8)
-    assert relative(program.module()(more), model(more)) < FLOAT32
-
-
 @pytest.mark.parametrize("setting", ["target_parameters", "rank_pattern"])
 def test_settings_hra_does_not_have(setting):
     """PEFT's configuration; `hra_kernels.peft.HRAConfig` has target_parameters."""
     with pytest.raises(TypeError, match=setting):
         HRAConfig(target_modules=["lin0"], **{setting: {}})
-
-
-def test_peft_model_type_is_kept():
-    assert isinstance(adapt(seeded(Net)), PeftModel)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -12,22 +13,12 @@ from torch import nn
 
 import hra_kernels.peft
 from hra_kernels.peft.export import export_lora
-from hra_kernels.peft.layer import ReflectionLayer
 from hra_kernels.peft.powers import chain_power
 from hra_kernels.testing.tolerance import rounding
-from tests.peft.models import Net, adapt, config, dense_q, layer_of, linear, relative, seeded
+from tests.peft.models import Experts, Net, adapt, config, dense_q, layer_of, layers_of, linear, relative, seeded
 
+pytestmark = pytest.mark.usefixtures("enabled")
 FLOAT32 = rounding(96, 4, layers=6)
-
-
-@pytest.fixture(autouse=True)
-def switched_on():
-    with hra_kernels.peft.enabled():
-        yield
-
-
-def layers_of(model):
-    return [module for module in model.modules() if isinstance(module, ReflectionLayer)]
 
 
 def at_scale(model, scale, name="default"):
@@ -53,24 +44,6 @@ def net():
 @pytest.fixture
 def x():
     return seeded(lambda: torch.randn(4, 3, 8, 8), 9)
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 5, 6))
-
-    def forward(self, x):
-        return x @ self.weight.mT
-
-
-class ExpertsNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = seeded(Experts)
-
-    def forward(self, x):
-        return self.experts(x)
 
 
 # --- the scale of a layer ---------------------------------------------------------------------------------------------
@@ -181,7 +154,7 @@ def test_training_at_a_scale_is_refused(x):
 
 def test_experts_are_scaled():
     settings = hra_kernels.peft.HRAConfig(r=4, init_weights=False, target_parameters=["experts.weight"])
-    model = get_peft_model(ExpertsNet(), settings).eval().requires_grad_(False)
+    model = get_peft_model(nn.Sequential(OrderedDict(experts=seeded(Experts))), settings).eval().requires_grad_(False)
     (wrapper,) = layers_of(model)
     u = wrapper.hra_u["default"].double()
     at_scale(model, 0.7)

@@ -11,14 +11,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKS = (
-    "column_wise", "column_wise_after_sequence_parallel", "row_wise", "row_wise_one_sample", "row_wise_from_dtensor",
-    "row_wise_from_replicated", "replicated_layer_from_sharded_batch", "training", "in_16_bits", "refused",
-    "tensor_parallel_merge", "fsdp2", "fsdp2_disable_while_merged", "fsdp2_non_finite_vectors",
-    "fsdp2_penalty", "fsdp1", "output_side",
-)  # fmt: skip
-
-
 PROCESSES = 2
 
 
@@ -46,22 +38,13 @@ def run_worker(module, store):
     return found
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Of all checks of `distributed_worker.py`."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch.distributed is not built in")
-    return run_worker("tests.peft.distributed_worker", tmp_path_factory.mktemp("store") / "store")
-
-
-@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.slow
-def test_sharded(outcomes, check):
-    assert outcomes[check] == [""] * PROCESSES, "\n".join(outcomes[check])
-
-
-def test_every_check_is_listed(outcomes):
-    assert tuple(outcomes) == CHECKS
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch.distributed is not built in")
+def test_sharded(tmp_path):
+    """All checks of `distributed_worker.py`."""
+    found = run_worker("tests.peft.distributed_worker", tmp_path / "store")
+    wrong = {check: "\n".join(said) for check, said in found.items() if said != [""] * PROCESSES}
+    assert len(found) > 15 and not wrong, "\n".join(wrong.values())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

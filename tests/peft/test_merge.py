@@ -42,27 +42,6 @@ def test_merge_in_blocks(monkeypatch):
     assert torch.equal(pieces.weight, linear().weight)
 
 
-def test_merge_needs_no_d_by_d_matrix():
-    """Peak memory of merging a wide layer: its new weight and one block of rows."""
-    features, out = 8192, 16
-    layer = layer_of(linear(torch.bfloat16, features, out))
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(result):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return result
-
-    with Watch():
-        layer.merge()
-        layer.unmerge()
-    assert largest <= features * out
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
@@ -79,42 +58,21 @@ def test_non_finite_vectors_leave_all_layers_untouched(bad, safe_merge, how):
         assert name not in before or torch.equal(parameter, before[name])
 
 
-def test_non_finite_weight_is_left_alone():
-    base = linear()
-    base.weight.data[2, 3] = float("inf")
-    layer = layer_of(base)
-    with pytest.raises(ValueError, match="the base weight is not finite, or the result is out of its dtype's range"):
-        layer.merge()
-    assert torch.equal(layer.weight, base.weight) and not layer.merged
-
-
-def test_float16_overflow_is_refused():
-    base = linear(torch.float16)
-    base.weight.data.fill_(60000.0)
-    layer = layer_of(base)
-    with torch.no_grad():
-        layer.hra_u["default"][:] = 0
-        layer.hra_u["default"][0, 0], layer.hra_u["default"][1:, 0] = 1.0, -0.1
-    with pytest.raises(ValueError, match="out of its dtype's range"):
-        layer.merge()
-    assert torch.equal(layer.weight, base.weight)
-
-
 def test_merge_again_and_more():
     """A second adapter joins the first: one rounding from the original weight for both, one restore for both."""
     model = adapt(nn.Sequential(linear(torch.bfloat16)), targets=["0"])
     model.add_adapter("b", config(targets=["0"]))
     layer = model.base_model.model[0]
-    before, exact = layer.weight.clone(), merged_weight(layer, "default", "b")
+    alias, before, exact = layer.weight.detach(), layer.weight.clone(), merged_weight(layer, "default", "b")
     model.merge_adapter(["default"])
     with pytest.warns(UserWarning, match="Already following adapters were merged default"):
         model.merge_adapter(["default", "b"])
     assert layer.merged_adapters == ["default", "b"]
-    assert (layer.weight == exact.to(torch.bfloat16)).float().mean() > 0.99
+    assert (layer.weight == exact.to(torch.bfloat16)).float().mean() > 0.99 and torch.equal(alias, layer.weight)
     with pytest.warns(UserWarning, match="All adapters are already merged"):
         model.merge_adapter(["b"])
     model.unmerge_adapter()
-    assert torch.equal(layer.weight, before) and layer.merged_adapters == []
+    assert torch.equal(alias, before) and torch.equal(layer.weight, before) and layer.merged_adapters == []
     with pytest.warns(UserWarning, match="Already unmerged"):
         layer.unmerge()
 
@@ -169,22 +127,16 @@ def test_merged_model_survives_copies():
         assert torch.equal(other.base_model.model.lin0.weight, before) and torch.equal(other(x), plain)
 
 
-def test_merge_and_unload_returns_plain_layers():
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_and_unload_returns_plain_layers(safe_merge):
     base = seeded(Net)
     model = adapt(base)
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
-    merged = model.merge_and_unload(progressbar=False, safe_merge=True)
+    merged = model.merge_and_unload(progressbar=False, safe_merge=safe_merge)
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
     assert merged.state_dict().keys() == base.state_dict().keys()
     assert relative(merged(x), expected) < rounding(96, 10, layers=3)
-
-
-def test_a_merged_layer_is_the_base_layer():
-    layer = layer_of(linear())
-    layer.merge()
-    x = torch.randn(4, 60)
-    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def test_weight_not_loaded():

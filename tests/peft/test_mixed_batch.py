@@ -17,7 +17,7 @@ from hra_kernels.factors import factor_dtype, stack_factors
 from hra_kernels.mixed_batch import reflect_mixed
 from hra_kernels.testing.cases import DTYPES, Case, explicit, make_u, naive
 from hra_kernels.testing.tolerance import relative, rounding, violations
-from tests.peft.models import Net, PadsItself, adapt, config, conv2d, linear, seeded, set_u
+from tests.peft.models import Net, PadsItself, adapt, config, conv2d, images, linear, seeded, set_u
 
 FLOAT32 = rounding(96, 7, layers=3)
 BASE = "__base__"
@@ -355,10 +355,6 @@ def model():
     model = adapt(seeded(Net))
     seeded(lambda: model.add_adapter("b", config(targets=["conv", "lin1"], r=3)), 7)
     return model.eval()
-
-
-def images(batch=4):
-    return seeded(lambda: torch.randn(batch, 3, 8, 8), 11)
 
 
 def test_model(model):

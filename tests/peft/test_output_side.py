@@ -45,13 +45,10 @@ class Net(nn.Module):
 TARGETS = ["square", "wide", "conv1d"]
 
 
-pytestmark = pytest.mark.skipif(not peft_model._LAYERS_TAKE_CONFIG, reason="PEFT 0.19 has no room for side and eps")
-
-
-@pytest.fixture(autouse=True)
-def enabled():
-    with hra_kernels.peft.enabled():
-        yield
+pytestmark = [
+    pytest.mark.usefixtures("enabled"),
+    pytest.mark.skipif(not peft_model._LAYERS_TAKE_CONFIG, reason="PEFT 0.19 has no room for side and eps"),
+]
 
 
 def net(dtype=torch.float32):
@@ -128,7 +125,7 @@ def test_forward_and_gradients(side, eps):
     y = torch.func.functional_call(net(torch.float64), parameters, (x,))
     exact = torch.autograd.grad(y.square().sum(), [x, *us.values()])
     for one, other in zip(got, exact, strict=True):
-        assert relative(one, other) < rounding(24, 8, torch.float64, layers=8)
+        assert relative(one, other) < 2**0.5 * rounding(24, 8, torch.float64, layers=8)  # both are off
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -385,13 +382,11 @@ def test_quantized(name, tmp_path):
     a, b = lora_factors(layer, ["default"])
     update = (q.T - torch.eye(len(q))) @ quantized_layers.dequantize(layer.base_layer)
     assert relative(b @ a, update) < rounding(quantized_layers.IN, 4)
-    before = {key: tensor.clone() for key, tensor in quantized_layers.stored(layer.base_layer).items()}
+    before = quantized_layers.snapshot(layer.base_layer)
     layer.merge()
     assert relative(layer(x), exact) < 0.2 < relative(plain, exact)  # quantized again: as coarse as it was
     layer.unmerge()
-    after = quantized_layers.stored(layer.base_layer)
-    bits = {key: tensor.contiguous().view(torch.uint8) for key, tensor in before.items()}
-    assert all(torch.equal(after[key].contiguous().view(torch.uint8), one) for key, one in bits.items())
+    quantized_layers.same_bits(layer.base_layer, before)
 
 
 def test_offloaded_base_layer():

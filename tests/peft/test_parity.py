@@ -11,7 +11,6 @@ from peft import HRAConfig, get_peft_model
 from torch import nn
 
 import hra_kernels.peft
-from hra_kernels import factor_cache
 from hra_kernels.testing.tolerance import rounding
 from tests.peft.models import Net, adapt, seeded
 
@@ -133,13 +132,8 @@ def test_loss_curve(optimizer_class):
     assert (ours[-4:].mean() - ours[:4].mean()).abs() > 1e-3 * ours[0]  # it does learn
 
 
-def test_micro_batches_share_a_factor(monkeypatch):
+def test_micro_batches_share_a_factor(computed):
     """Gradient accumulation: the factor is computed once per step, and the gradients add up to the full batch's."""
-    computed = []
-    original = factor_cache.chain_factor
-    monkeypatch.setattr(
-        factor_cache, "chain_factor", lambda us, *rest: (computed.append(len(us)), original(us, *rest))[1]
-    )
     model = adapt(seeded(Net))
     x, dy = torch.randn(12, 3, 8, 8), torch.randn(12, 5)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 
 import hra_kernels.peft
 from hra_kernels.regularizer import model_orthogonality_penalty
-from tests.peft.models import Net, adapt, config, seeded
+from tests.peft.models import Net, adapt, config, images, seeded
 
 
 def partition(model):
@@ -41,10 +41,6 @@ def partitioned():
 
 def trained(model):
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def images():
-    return seeded(lambda: torch.randn(2, 3, 8, 8), 5)
 
 
 def test_forward_after_an_optimizer_step(partitioned):

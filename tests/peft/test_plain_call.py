@@ -2,27 +2,16 @@
 
 import sys
 
+import peft
 import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("peft")
-
-import peft
-
-import hra_kernels.peft
+from tests.peft.models import adapt, config
 
 
-def adapted(**fields):
-    torch.manual_seed(0)
-    config = peft.HRAConfig(r=4, target_modules=["0"], init_weights=False, **fields)
-    with hra_kernels.peft.enabled():
-        return peft.get_peft_model(nn.Sequential(nn.Linear(16, 8)), config)
-
-
-def second_adapter(model):
-    with hra_kernels.peft.enabled():
-        model.add_adapter("second", peft.HRAConfig(r=4, target_modules=["0"], init_weights=False))
+def adapted(**settings):
+    return adapt(nn.Sequential(nn.Linear(16, 8)), targets=["0"], **settings)
 
 
 def layer_of(model):
@@ -43,37 +32,23 @@ def test_both_ways_agree_bit_for_bit(apply_gs, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model.base_model.disable_adapter_layers(),
-        lambda model: model.base_model.merge_adapter(),
-        lambda model: layer_of(model).scale_layer(-1.0),
-        lambda model: layer_of(model).set_scale("default", 0.0),
-        second_adapter,
-        lambda model: model.base_model.set_adapter([]),
-        lambda model: layer_of(model).register_forward_pre_hook(lambda *_: None),
-        lambda model: layer_of(model).hra_u.register_forward_pre_hook(lambda *_: None),
-        lambda model: layer_of(model).base_layer.double(),
-        lambda model: setattr(layer_of(model).hra_u["default"], "ds_id", 0),
-        lambda model: setattr(layer_of(model).hra_u, "_hf_hook", None),
-        lambda model: model.base_model.delete_adapter("default"),
-    ],
-    ids=[
-        "disabled",
-        "merged",
-        "scaled",
-        "zero",
-        "two",
-        "none",
-        "hook",
-        "vectors-hook",
-        "cast",
-        "deepspeed",
-        "offloaded",
-        "deleted",
-    ],
-)
+CHANGES = {
+    "disabled": lambda model: model.base_model.disable_adapter_layers(),
+    "merged": lambda model: model.base_model.merge_adapter(),
+    "scaled": lambda model: layer_of(model).scale_layer(-1.0),
+    "zero": lambda model: layer_of(model).set_scale("default", 0.0),
+    "two": lambda model: model.add_adapter("second", config(targets=["0"])),
+    "none": lambda model: model.base_model.set_adapter([]),
+    "hook": lambda model: layer_of(model).register_forward_pre_hook(lambda *_: None),
+    "vectors-hook": lambda model: layer_of(model).hra_u.register_forward_pre_hook(lambda *_: None),
+    "cast": lambda model: layer_of(model).base_layer.double(),
+    "deepspeed": lambda model: setattr(layer_of(model).hra_u["default"], "ds_id", 0),
+    "offloaded": lambda model: setattr(layer_of(model).hra_u, "_hf_hook", None),
+    "deleted": lambda model: model.base_model.delete_adapter("default"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_anything_else_takes_the_long_way(change):
     model, x = adapted(), torch.randn(3, 16)
     assert layer_of(model)._plain_chain(x) is not None

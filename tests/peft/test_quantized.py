@@ -28,7 +28,8 @@ from tests.peft.quantized_layers import (
     hqq,
     inputs,
     needs,
-    stored,
+    same_bits,
+    snapshot,
     torchao,
     torchao_config,
 )
@@ -160,19 +161,6 @@ def test_quantized_from_bfloat16(name):
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
-
-
-def snapshot(module):
-    return {name: tensor.detach().clone() for name, tensor in stored(module).items()}
-
-
-def same_bits(module, kept):
-    now = stored(module)
-    assert now.keys() == kept.keys()
-    for name, tensor in now.items():
-        assert tensor.dtype == kept[name].dtype and torch.equal(
-            tensor.view(torch.uint8), kept[name].view(torch.uint8)
-        ), name
 
 
 def effective(module):

@@ -11,13 +11,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hra_kernels.peft
-from tests.peft.models import Net, adapt, config, seeded
+from tests.peft.models import Experts, Net, adapt, config, seeded
 
-
-@pytest.fixture(autouse=True)
-def switched_on():
-    with hra_kernels.peft.enabled():
-        yield
+pytestmark = pytest.mark.usefixtures("enabled")
 
 
 def trls_copy(model):
@@ -60,11 +56,6 @@ def test_the_reference_is_the_policy(dtype, settings):
 
 @pytest.mark.skipif(peft.__version__.startswith("0.19"), reason="PEFT 0.19 has room for one such adapter")
 def test_saved_weights_and_parameters_of_experts():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(2, 5, 6))
-
     class Model(nn.Module):
         def __init__(self):
             super().__init__()

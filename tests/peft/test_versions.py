@@ -14,14 +14,14 @@ RELEASES = {"0.19": "0.19.1", "0.20": "0.20.0", "0.21": "0.21.2"}
 FILES = [
     f"tests/peft/test_{name}.py"
     for name in (
-        "dropin", "parity", "merge", "merge_models", "defects", "defects_conv", "layer_kinds", "quantized",
+        "dropin", "parity", "merge", "merge_models", "defects", "layer_kinds", "quantized",
         "mixed_batch", "many_adapters",
     )
 ]  # fmt: skip
 # one test of each kind: switching, order, files, gradients, merging, convolutions, hooks, many adapters
 SELECTION = (
     "disable_restores or outlive or active_adapters or interchangeable or same_initial or from_pretrained or float32 "
-    "or rounds_once or merge_again or conv_ or hooks or zero_column or tied "
+    "or rounds_once or merge_again or hooks or zero_column or tied "
     "or forward_and_gradients or merge_and_unmerge or each_sample or rules or llama or modules_to_save "
     "or states_do_not_mix or add_weighted or all_or_nothing"
 )

@@ -114,9 +114,7 @@ def reflect_bounds(x, dy, v, t, transpose):
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
-@pytest.mark.parametrize(
-    "shape", [(33, 70, 1), (1, 9, 8), (70, 131, 13), (37, 50, 33), (35, 67, 70), (9, 40, 130)], ids=str
-)
+@pytest.mark.parametrize("shape", EDGY_SHAPES, ids=str)
 def test_nothing_outside_is_read_or_written(shape, dtype, guarded):
     x, dy, v, t = reflect_inputs(*shape, dtype)
     naive_results, exact = reflect_bounds(x, dy, v, t, True)
@@ -156,7 +154,7 @@ def test_factor_stays_inside(shape, apply_gs, guarded):
     assert not guarded()
 
 
-@pytest.mark.parametrize("R", [65, slow(66)])
+@pytest.mark.parametrize("R", [33, slow(65), slow(66)])
 @pytest.mark.parametrize("apply_gs", [False, slow(True)])
 def test_factor_of_many_columns(R, apply_gs):
     """More columns than a tile of 16 in every kernel of the factor, an odd and an even number of them."""
@@ -202,38 +200,9 @@ def test_many_layers_share_launches(monkeypatch):
         torch.testing.assert_close(t, expected[1])
 
 
-def count_launches(monkeypatch) -> list[str]:
-    """A list that fills with the names of the kernels that are launched."""
-    counted = []
-
-    class Counted:
-        def __init__(self, name, kernel):
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid):
-            counted.append(self.name)
-            return self.kernel[grid]
-
-    for module in (triton_kernels, triton_factor_kernels):
-        for name, kernel in vars(module).copy().items():
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Counted(name, kernel))
-    return counted
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_launches(dtype, monkeypatch):
-    """One launch forward; two backward where one program holds every row, one more where sums are left to add."""
-    counted = count_launches(monkeypatch)
-    for M, launches in [(1, 3), (200, 4)]:
-        counted.clear()
-        reflect_all(TRITON, *reflect_inputs(M, 40, 8, dtype), True)
-        assert len(counted) == launches, counted
-
-
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
 @pytest.mark.parametrize(
-    "shape", [(33, 70, 1), (200, 131, 8), slow((70, 40, 19)), slow((9, 40, 33)), (0, 40, 3)], ids=str
+    "shape", [(33, 70, 1), (130, 131, 8), slow((70, 40, 19)), slow((9, 40, 33)), (0, 40, 3)], ids=str
 )
 def test_backward_of_a_chain_is_bitwise_that_of_its_parts(shape, dtype, guarded):
     """At once, du among the launches of dx: the same bits as dv and dt on their own, then du."""
@@ -368,39 +337,3 @@ def test_float16_holds_any_scale_of_t(R, scale):
     for name in ("dv", "dt"):  # float32 results: the naive version's rounding to float16 is no measure for them
         error = relative(got[name], exact[name])
         assert error < rounding(100, R), (name, error)
-
-
-@pytest.mark.parametrize("apply_gs", [False, True])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_u_shows_in_its_rows(value, apply_gs):
-    u = seeded_u(30, 4, "random")
-    u[7, 1] = value
-    v, t = TRITON.wy_factor(u, apply_gs)
-    expected_v, _ = reference.wy_factor(u, apply_gs)
-    assert not v[1].isfinite().all()
-    assert torch.equal(v[0], expected_v[0]) or apply_gs
-    y, _ = TRITON.reflect_fwd(torch.randn(3, 30), v, t, False)
-    assert not y.isfinite().any(1).any()
-
-
-def applied_update_cosine(u: torch.Tensor, true_u: torch.Tensor, dtype: torch.dtype) -> float:
-    """Cosine between the update that is applied from u and the float64 update of true_u, read where x is zero."""
-    generator = torch.Generator().manual_seed(1)
-    (x,) = here(torch.randn(64, u.shape[0], generator=generator).to(dtype))
-    x[:, ::2] = 0
-    v, t = reference.wy_factor(true_u.double())
-    exact = (reference.reflect_fwd(x.double(), v, t, True)[0] - x.double())[:, ::2]
-    got = ops.reflect_chain(x, [u], [False], transpose=True).double()[:, ::2]
-    return torch.nn.functional.cosine_similarity(got.flatten(), exact.flatten(), 0).item()
-
-
-@pytest.mark.parametrize("R", [8, 20])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=name_of)
-def test_one_step_from_the_start_is_applied(dtype, R):
-    u = seeded_u(200, R, "paired_step")
-    assert applied_update_cosine(u, u, dtype) > 0.999
-
-
-def test_rounding_u_to_16_bits_is_rejected():
-    u = seeded_u(200, 8, "paired_step")
-    assert applied_update_cosine(u.bfloat16().float(), u, torch.bfloat16) < 0.9

@@ -56,3 +56,15 @@ def test_launches_of_a_layer_and_step(device, launches, M, rank):
         with torch.no_grad():
             reflect_chain(x, [u], [False], factor, transpose=True)
         assert launches == {"reflect_kernel": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_launches_of_reflect(device, launches, dtype):
+    """One forward; two backward where one program holds every row, one more where sums are left to add."""
+    v, t = torch.randn(8, 40, device=device), torch.randn(8, 8, device=device)
+    for M, expected in [(1, 3), (200, 4)]:
+        launches.clear()
+        x = torch.randn(M, 40, device=device).to(dtype)
+        _, p = triton_backend.BACKEND.reflect_fwd(x, v, t, True)
+        triton_backend.BACKEND.reflect_bwd(x, x, v, t, p, True)
+        assert launches.total() == expected, launches

@@ -8,8 +8,6 @@
 namespace hra::emulation {
 namespace {
 
-constexpr uint32_t kFullWarp = 0xffffffff;
-
 uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -48,17 +46,14 @@ struct MmaArguments {
   const uint32_t *a, *b;
 };
 
-void shuffle_operation(void* const arguments[32], uint32_t mask) {
+void shuffle_operation(void* const arguments[32]) {
   for (int lane = 0; lane < 32; ++lane) {
-    if (!(mask >> lane & 1)) continue;
     auto* mine = static_cast<ShuffleArguments*>(arguments[lane]);
-    int source = lane ^ mine->lane_mask;
-    // a lane outside the mask gives an undefined value
-    mine->result = mask >> source & 1 ? static_cast<ShuffleArguments*>(arguments[source])->value : std::nanf("");
+    mine->result = static_cast<ShuffleArguments*>(arguments[lane ^ mine->lane_mask])->value;
   }
 }
 
-void load_operation(void* const arguments[32], uint32_t) {
+void load_operation(void* const arguments[32]) {
   for (int lane = 0; lane < 32; ++lane) {
     auto* mine = static_cast<LoadArguments*>(arguments[lane]);
     for (int matrix = 0; matrix < 4; ++matrix) {
@@ -78,7 +73,7 @@ struct TransposeArguments {
   uint32_t pair, result;
 };
 
-void transpose_operation(void* const arguments[32], uint32_t) {
+void transpose_operation(void* const arguments[32]) {
   for (int lane = 0; lane < 32; ++lane) {
     auto* mine = static_cast<TransposeArguments*>(arguments[lane]);
     mine->result = 0;
@@ -90,7 +85,7 @@ void transpose_operation(void* const arguments[32], uint32_t) {
   }
 }
 
-void mma_operation(void* const arguments[32], uint32_t) {
+void mma_operation(void* const arguments[32]) {
   double a[16][16], b[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     auto* mine = static_cast<MmaArguments*>(arguments[lane]);
@@ -147,27 +142,27 @@ float float_from_float16(uint16_t bits) {
   return bits & 0x8000 ? -size : size;
 }
 
-float shuffle_xor(uint32_t mask, float value, int lane_mask) {
+float shuffle_xor(float value, int lane_mask) {
   ShuffleArguments arguments{value, 0, lane_mask};
-  warp_collective("__shfl_xor_sync", mask, &arguments, shuffle_operation);
+  warp_collective("__shfl_xor_sync", &arguments, shuffle_operation);
   return arguments.result;
 }
 
 void ldmatrix(uint32_t registers[4], bool transpose, const void* row) {
   check_shared(row, 16, "ldmatrix");
   LoadArguments arguments{registers, row, transpose};
-  warp_collective("ldmatrix", kFullWarp, &arguments, load_operation);
+  warp_collective("ldmatrix", &arguments, load_operation);
 }
 
 uint32_t movmatrix(uint32_t pair) {
   TransposeArguments arguments{pair, 0};
-  warp_collective("movmatrix", kFullWarp, &arguments, transpose_operation);
+  warp_collective("movmatrix", &arguments, transpose_operation);
   return arguments.result;
 }
 
 void mma_bf16_16x8x16(float c[4], const uint32_t a[4], const uint32_t b[2]) {
   MmaArguments arguments{c, a, b};
-  warp_collective("mma.sync", kFullWarp, &arguments, mma_operation);
+  warp_collective("mma.sync", &arguments, mma_operation);
 }
 
 }  // namespace hra::emulation

@@ -10,7 +10,7 @@ uint16_t float16_from_float(float value);
 float float_from_bfloat16(uint16_t bits);
 float float_from_float16(uint16_t bits);
 
-float shuffle_xor(uint32_t mask, float value, int lane_mask);
+float shuffle_xor(float value, int lane_mask);
 
 // Four 8 x 8 matrices of 16-bit values: lane 8 i + j gives the address of row j of matrix i.
 void ldmatrix(uint32_t registers[4], bool transpose, const void* row);

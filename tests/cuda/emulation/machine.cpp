@@ -58,8 +58,8 @@ struct Thread {
 
 struct Warp {
   Thread* threads[kWarpSize] = {};
-  uint32_t ready = 0, done = 0;
-  uint32_t meeting_mask = 0;
+  uint32_t ready = 0;
+  bool done = false;  // one of its threads is
   Meeting meeting;
   void* arguments[kWarpSize] = {};
 };
@@ -151,7 +151,7 @@ void finish(Thread& self) {
   bool copying = !self.issued.empty();
   for (const auto& group : self.in_flight) copying |= !group.empty();
   if (copying) fail(place(self) + " ended with cp.async copies in flight");
-  if (self.warp->meeting.arrived && (self.warp->meeting_mask >> self.lane & 1)) {
+  if (self.warp->meeting.arrived) {
     fail(place(self) + " ended while its warp waits for it at " + self.warp->meeting.what);
   }
   if (self.block->meeting.arrived) {
@@ -162,7 +162,7 @@ void finish(Thread& self) {
   }
   self.state = State::kDone;
   self.warp->ready &= ~(1u << self.lane);
-  self.warp->done |= 1u << self.lane;
+  self.warp->done = true;
   ++self.block->done;
   ++machine.done;
   to_scheduler();
@@ -214,7 +214,7 @@ void end_phase_if_complete(MailboxState& box) {
 
 void begin_cluster(unsigned first) {
   const LaunchShape& shape = machine.shape;
-  const unsigned warps_per_block = (shape.threads + kWarpSize - 1) / kWarpSize;
+  const unsigned warps_per_block = shape.threads / kWarpSize;
   machine.blocks.assign(shape.cluster, Block{});
   machine.warps.assign(shape.cluster * warps_per_block, Warp{});
   machine.cluster_meeting = Meeting{};
@@ -249,10 +249,6 @@ void begin_cluster(unsigned first) {
       block.threads.push_back(&thread);
       set_ready(thread);
       prepare(thread.fiber, machine.stacks + next * kStackBytes, kStackBytes, thread_entry);
-    }
-    // lanes that do not exist count as ended
-    for (unsigned lane = shape.threads % kWarpSize; lane && lane < kWarpSize; ++lane) {
-      machine.warps[(rank + 1) * warps_per_block - 1].done |= 1u << lane;
     }
   }
 }
@@ -296,7 +292,7 @@ void run_cluster(unsigned first) {
 }  // namespace
 
 std::string run(const LaunchShape& shape, const std::function<void()>& body) {
-  if (shape.threads == 0 || shape.threads > 1024) return "a block has 1 to 1024 threads";
+  if (shape.threads == 0 || shape.threads > 1024 || shape.threads % kWarpSize) return "a block has 1 to 32 warps";
   if (shape.cluster == 0 || shape.cluster > 16) return "a cluster has 1 to 16 blocks";
   if (shape.blocks % shape.cluster) return "the grid is not a whole number of clusters";
   if (!machine.stacks) machine.stacks = reserve_stacks(kMaxThreads, kStackBytes);
@@ -315,7 +311,6 @@ const Dim3& thread_index() { return machine.current->index; }
 const Dim3& block_index() { return machine.current->block->index; }
 Dim3 grid_size() { return {machine.shape.blocks}; }
 unsigned cluster_rank() { return machine.current->block->rank; }
-unsigned lane_index() { return machine.current->lane; }
 char* dynamic_shared() { return machine.current->block->shared; }
 
 void fail(const std::string& message) {
@@ -337,24 +332,20 @@ void cluster_barrier(const char* file, int line) {
   machine.cluster_has_met = true;
 }
 
-void warp_collective(const char* what, uint32_t mask, void* arguments, WarpOperation operation) {
+void warp_collective(const char* what, void* arguments, WarpOperation operation) {
   Thread& self = *machine.current;
   Warp& warp = *self.warp;
-  if (!(mask >> self.lane & 1)) fail(place(self) + " is not in the mask of its own " + what);
-  if (mask & warp.done) fail(place(self) + " names an exited lane in " + what);
-  if (warp.meeting.arrived == 0) {
-    warp.meeting.what = what;
-    warp.meeting_mask = mask;
-  }
-  if (warp.meeting.what != what || warp.meeting_mask != mask) {
+  if (warp.done) fail(place(self) + " is at " + what + ", which another lane of its warp ended without reaching");
+  if (warp.meeting.arrived == 0) warp.meeting.what = what;
+  if (warp.meeting.what != what) {
     fail(place(self) + " is at " + what + " while other lanes of its warp are at " + warp.meeting.what);
   }
   warp.arguments[self.lane] = arguments;
-  if (++warp.meeting.arrived < static_cast<unsigned>(__builtin_popcount(mask))) return wait_at(warp.meeting);
+  if (++warp.meeting.arrived < kWarpSize) return wait_at(warp.meeting);
   warp.meeting.arrived = 0;
-  if (operation) operation(warp.arguments, mask);
-  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
-    if ((mask >> lane & 1) && lane != self.lane) set_ready(*warp.threads[lane]);
+  if (operation) operation(warp.arguments);
+  for (Thread* thread : warp.threads) {
+    if (thread != &self) set_ready(*thread);
   }
 }
 

@@ -7,7 +7,7 @@
 //   - the order in which warps and lanes run between synchronizations depends on `Options::seed`: even seeds interleave
 //     warps, odd seeds let one warp run as far ahead as it can, and the lanes of a warp run in either direction;
 //   - a barrier that some thread of the block has left, or reaches elsewhere, is an error, and so is a warp operation
-//     that names an exited lane, an access to another block's shared memory before the cluster has met or after that
+//     of which a lane has ended, an access to another block's shared memory before the cluster has met or after that
 //     block has ended, a mailbox that is sent more than it expects, a copy that nobody waited for, and a deadlock.
 // Not modeled: time, registers, bank conflicts, weak memory ordering, concurrency between clusters.
 #pragma once
@@ -49,15 +49,14 @@ const Dim3& thread_index();
 const Dim3& block_index();
 Dim3 grid_size();
 unsigned cluster_rank();
-unsigned lane_index();
 char* dynamic_shared();
 
 void block_barrier(const char* file, int line);
 void cluster_barrier(const char* file, int line);
 
-// Every lane of `mask` calls with its own `arguments`; the last to arrive runs `operation` on all of them.
-using WarpOperation = void (*)(void* const arguments[32], uint32_t mask);
-void warp_collective(const char* what, uint32_t mask, void* arguments, WarpOperation operation);
+// Every lane of a warp calls with its own `arguments`; the last to arrive runs `operation` on all of them.
+using WarpOperation = void (*)(void* const arguments[32]);
+void warp_collective(const char* what, void* arguments, WarpOperation operation);
 
 // The address in block `rank` of the cluster that corresponds to `local` in this block.
 void* map_shared(void* local, unsigned rank, size_t bytes);
