@@ -5,7 +5,6 @@ itself draws, keep the class as it was (prior preservation). The default generat
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from hra_kernels.recipes.application import Settings
 from hra_kernels.recipes.base import Batch
 from hra_kernels.recipes.image_application import IMAGE_OPTIONS, Example, ImageApplication, open_base
 from hra_kernels.recipes.options import ADAPTER, COMMON_BUT_LENGTH, MODEL, TRAINING, option, positive, resolve
-from hra_kernels.recipes.saving import written_whole
+from hra_kernels.recipes.saving import save_evaluation, written_whole
 
 EXTRA = "images"
 DEFAULTS = {
@@ -280,6 +279,5 @@ def evaluate(arguments: argparse.Namespace, console: Console | None = None) -> i
     best = list(found)[similarity.chosen_epoch(list(found.values()))]
     console.print(f"chosen: {best}, by the largest sum of metrics over their ranges")
     results = {"job": "subject", "images": str(arguments.images), "prompt": prompt, "epochs": found, "chosen": best}
-    with written_whole(arguments.out) as out:
-        (out / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    save_evaluation(arguments.out, results)
     return 0
