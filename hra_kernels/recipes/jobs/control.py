@@ -247,7 +247,13 @@ def _trained(arguments: argparse.Namespace) -> tuple[Generator, nn.Module]:
         return base, base.model()
     refused = refusing(f"--adapter {arguments.adapter}: expected an adapter of this model, got")
     with refused, hra_kernels.peft.enabled():
-        return base, PeftModel.from_pretrained(base.model(), arguments.adapter).merge_and_unload()
+        model = PeftModel.from_pretrained(base.model(), arguments.adapter)
+        if not model.active_peft_config.modules_to_save:
+            raise RecipeError(
+                f"--adapter {arguments.adapter}: expected one that `train control` saved, got one without layers for "
+                "the control picture"
+            )
+        return base, model.merge_and_unload()
 
 
 def generate(arguments: argparse.Namespace, console: Console | None = None) -> int:
