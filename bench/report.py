@@ -257,7 +257,7 @@ def _applications_section(runs: list[dict]) -> str:
         "`hra-kernels train JOB --seed SEED` with its defaults: small models and data that packages carry, so not the "
         "paper's numbers.\n\n"
         + markdown_table(header, rows)
-        + f"\n\nMinutes of a run, two at a time: {'; '.join(times)}."
+        + f"\n\nMinutes of a run beside other work, the first image job's with its generator: {'; '.join(times)}."
     )
 
 
