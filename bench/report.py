@@ -16,6 +16,13 @@ OURS, FLOOR = "ours", "frozen"
 BEGIN, END = "<!-- bench:results -->", "<!-- /bench:results -->"
 REFERENCES, COMPILED = ("reference", "compiled reference"), ("cpu", "triton", "cuda")
 """Backends in plain PyTorch, and those of kernels."""
+TOLD = {
+    "nlu": ("accuracy",),
+    "math": ("answer loss",),
+    "subject": ("crossed sevens drawn", "other digits kept"),
+    "control": ("edge F1", "edge IoU"),
+}
+"""What each job's training is to change, or to leave; the rest is on the job's own page."""
 README_METHODS = ("ours", "lora", "oft", "peft-hra")
 
 
@@ -225,6 +232,35 @@ def _host_section(runs: list[dict]) -> str:
     )
 
 
+def _gains(job: str, metric: str, runs: list[dict]) -> list[str]:
+    """A row: the metric before and after in every run, the mean gain with its deviation, and LoRA's of the same."""
+    found = [{row["label"]: row["values"].get(metric) for row in run["rows"]} for run in runs]
+    before, after = ([row[name] for row in found] for name in ("before: pretrained", "after"))
+    gains = [one - other for one, other in zip(after, before, strict=True)]
+    spread = f" ± {statistics.stdev(gains):.3f}" if len(gains) > 1 else ""
+    alike = [row["LoRA, PEFT, trained alike"] for row in found if "LoRA, PEFT, trained alike" in row]
+    cells = [f"{run['case']['seed']}: {b:.3f}, {a:.3f}" for run, b, a in zip(runs, before, after, strict=True)]
+    lora = ", ".join(f"{value:.3f}" for value in alike)
+    return [f"`{job}`: {metric}", "; ".join(cells), f"{statistics.mean(gains):+.3f}{spread}", lora]
+
+
+def _applications_section(runs: list[dict]) -> str:
+    rows, times = [], []
+    for job, metrics in TOLD.items():
+        same = sorted((run for run in runs if run["case"]["name"] == job), key=lambda run: run["case"]["seed"])
+        if same:
+            rows += [_gains(job, metric, same) for metric in metrics]
+            seconds = (f"{run['seconds'] / 60:.1f}" + " with the comparison" * run["compared"] for run in same)
+            times.append(f"`{job}` {', '.join(seconds)}")
+    header = ["the test split", "seed: before, after", "gain, mean ± deviation over seeds", "LoRA alike, after"]
+    return (
+        "`hra-kernels train JOB --seed SEED` with its defaults: small models and data that packages carry, so not the "
+        "paper's numbers.\n\n"
+        + markdown_table(header, rows)
+        + f"\n\nMinutes of a run beside other work, the first image job's with its generator: {'; '.join(times)}."
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "layer": ("One adapted layer", _layer_section),
     "op": ("The operators", _op_section),
@@ -232,11 +268,13 @@ SECTIONS: dict[str, tuple[str, Callable[[list[dict]], str]]] = {
     "scaling": ("Scaling", _scaling_section),
     "numerics": ("Numerics", _numerics_section),
     "host": ("Time of the host", _host_section),
+    "applications": ("The paper's four applications, at toy size", _applications_section),
 }
 
 
 def _plots(folder: Path, stem: str, root: Path) -> list[str]:
-    return [f"![{plot.stem}]({plot.relative_to(root)})" for plot in sorted(folder.glob(f"{stem}*.svg"))]
+    plots = sorted(path for path in folder.glob(f"{stem}*") if path.suffix in (".svg", ".png"))
+    return [f"![{plot.stem}]({plot.relative_to(root)})" for plot in plots]
 
 
 def _machines(results: Path) -> list[tuple[Path, dict[str, list[dict]]]]:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from hra_kernels.recipes import diffusion, digits, images, job
+from hra_kernels.recipes import RecipeError, diffusion, digits, images, job
 from hra_kernels.recipes.application import Application, Metric
 from hra_kernels.recipes.base import Batch
 from hra_kernels.recipes.diffusion import Generator
@@ -50,11 +50,16 @@ def open_base(arguments: argparse.Namespace, controlled: bool = False) -> tuple[
     """The generator of --model, by default one of digits, trained now if it has not been, and the recipe of that one.
 
     --resolution becomes the generator's own where it is not given.
+
+    Raises:
+        RecipeError: there is none, or it wants a control picture and gets none.
     """
     recipe = digits.QUICK_GENERATOR if arguments.quick else digits.GENERATOR
     console = Console(highlight=False, quiet=not job.first_process())
     source = arguments.model or str(digits.generator(recipe, console))
     base = Generator.open(source, arguments.seed, controlled, trained_biases=arguments.bias)
+    if base.control and not controlled:
+        raise RecipeError(f"--model {source}: expected a model without control, got one that `train control` made")
     arguments.resolution = arguments.resolution or base.resolution
     return base, recipe
 

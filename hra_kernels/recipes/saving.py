@@ -1,10 +1,12 @@
 """Results that are there whole or not at all, whatever ends the process that writes them."""
 
 import contextlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -45,6 +47,12 @@ def written_whole(folder: Path, forgetting: Sequence[str] = ()) -> Iterator[Path
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or reason(error)
         raise RecipeError(f"--out {folder}: cannot write this folder ({said})") from error
+
+
+def save_evaluation(out: Path, results: Mapping[str, Any]) -> None:
+    """What an `eval` found, as `eval.json` in `out`. Raises RecipeError as `written_whole`."""
+    with written_whole(out) as folder:
+        (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:

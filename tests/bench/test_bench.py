@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("rich")
 pytest.importorskip("peft")
 
-from bench import COMMIT_VARIABLE, layer, model, op, providers, record, report, shapes, timing
+from bench import COMMIT_VARIABLE, applications, layer, model, op, providers, record, report, shapes, timing
 from bench import __main__ as cli
 from hra_kernels import factor_cache, ops
 from hra_kernels.measuring import stopwatch
@@ -310,6 +310,35 @@ def test_without_git_the_commit_is_what_the_variable_says(monkeypatch, tmp_path)
     monkeypatch.setenv(COMMIT_VARIABLE, "abc123")
     meta = record.describe(DEVICE, {})
     assert meta["commit"] == "abc123" and meta["dirty"] is None
+
+
+def test_runs_of_the_applications_become_a_table_and_pages(tmp_path):
+    def results(seed, gain):
+        values = {"denoising loss": 0.1, "edge F1": 0.25, "edge IoU": 0.5}
+        after = values | {"edge F1": 0.25 + gain}
+        test = {"before: pretrained": values, "LoRA, PEFT, trained alike": values, "after": after}
+        where = {"commit": "abc-dirty", "torch": "2", "peft": "0", "cpu": "a CPU", "torch_threads": 1, "gpus": []}
+        arguments = {"seed": seed, "no_compare": seed > 0}
+        return {
+            **{"job": "control", "arguments": arguments, "environment": where, "steps": 1, "seconds": 90.0},
+            "test": test if seed == 0 else {name: test[name] for name in ("before: pretrained", "after")},
+        }
+
+    machine = tmp_path / "results" / "machine"
+    for seed, gain in ((1, 0.0), (0, 0.25), (1, 0.125)):  # the last replaces the first
+        run = tmp_path / str(seed)
+        run.mkdir(exist_ok=True)
+        (run / "results.json").write_text(json.dumps(results(seed, gain)))
+        for name in ("summary.md", "cost.svg", "loss.svg", "before-after.png"):
+            (run / name).write_text(f"{name} of {seed}")
+        assert applications.main([str(run), "--out", str(machine)]) == 0
+    assert sorted(path.name for path in machine.iterdir()) == [
+        *("applications.json", "train-control-before-after.png", "train-control-cost.svg", "train-control.md"),
+    ]
+    page = report.results_page(machine.parent)
+    assert "| `control`: edge F1 | 0: 0.250, 0.500; 1: 0.250, 0.375 | +0.188 ± 0.088 | 0.250 |" in page
+    assert "`control` 1.5 with the comparison, 1.5." in page and "a CPU, 1 thread" in page
+    assert "summary.md of 0\n\n![train-control-before-after](machine/train-control-before-after.png)" in page
 
 
 def test_other_methods_that_do_better_are_named_and_equal_print_is_no_loss():

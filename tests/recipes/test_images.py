@@ -344,6 +344,20 @@ def test_more_bad_input_of_control(folder, tmp_path, capsys):
     assert "--images: expected the folder that `generate control` filled" in said(capsys, ["eval", "control"], 2)
 
 
+def test_models_and_adapters_of_the_other_job(folder, tmp_path, capsys):
+    """The words that end a line on stderr, with no traceback and no picture drawn as if there were no control."""
+    controlled = Generator.open(str(folder / "sd"), 0, controlled=True)
+    controlled.save_merged(controlled.model(), tmp_path / "controlled")
+    named = ["--model", tmp_path / "controlled", "--data", folder / "cup", "--subject-class", "cup"]
+    err = said(capsys, ["train", "subject", *named, "--out", tmp_path / "out"], 2)
+    assert "controlled: expected a model without control, got one that `train control` made" in err
+    plain = Generator.open(str(folder / "sd"), 0)
+    plain.adapted(plain.hra_config(2, ["to_q"], apply_gs=False)).save_pretrained(tmp_path / "adapter")
+    named = ["--model", folder / "sd", "--adapter", tmp_path / "adapter", "--data", folder / "data.jsonl"]
+    err = said(capsys, ["generate", "control", *named, "--limit", 1, "--out", tmp_path / "out"], 2)
+    assert "adapter: expected one that `train control` saved, got one without layers for the control" in err
+
+
 def test_a_control_of_its_own(folder):
     """A map of segments keeps its colors when it is resized; edges are taken where no control is given."""
     picture = torch.zeros(3, 40, 40)

@@ -5,7 +5,6 @@ layers of the UNet's attention and of its feed-forward's gate. The default gener
 """
 
 import argparse
-import json
 import os
 import random
 from pathlib import Path
@@ -23,7 +22,7 @@ from hra_kernels.recipes.application import Settings
 from hra_kernels.recipes.diffusion import Generator
 from hra_kernels.recipes.image_application import IMAGE_OPTIONS, Example, ImageApplication, open_base, picture_of
 from hra_kernels.recipes.options import ADAPTER, COMMON_BUT_LENGTH, MODEL, TRAINING, option, positive, resolve
-from hra_kernels.recipes.saving import written_whole
+from hra_kernels.recipes.saving import save_evaluation
 from hra_kernels.recipes.text_data import rows_of
 
 EXTRA = "images"
@@ -248,7 +247,13 @@ def _trained(arguments: argparse.Namespace) -> tuple[Generator, nn.Module]:
         return base, base.model()
     refused = refusing(f"--adapter {arguments.adapter}: expected an adapter of this model, got")
     with refused, hra_kernels.peft.enabled():
-        return base, PeftModel.from_pretrained(base.model(), arguments.adapter).merge_and_unload()
+        model = PeftModel.from_pretrained(base.model(), arguments.adapter)
+        if not model.active_peft_config.modules_to_save:
+            raise RecipeError(
+                f"--adapter {arguments.adapter}: expected one that `train control` saved, got one without layers for "
+                "the control picture"
+            )
+        return base, model.merge_and_unload()
 
 
 def generate(arguments: argparse.Namespace, console: Console | None = None) -> int:
@@ -336,6 +341,5 @@ def evaluate(arguments: argparse.Namespace, console: Console | None = None) -> i
     resolve(arguments, EVAL_DEFAULTS)
     found = _scores(arguments)
     console.print(f"{arguments.control}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
-    with written_whole(arguments.out) as folder:
-        (folder / "eval.json").write_text(json.dumps({"job": "control", "control": arguments.control, **found}) + "\n")
+    save_evaluation(arguments.out, {"job": "control", "control": arguments.control, **found})
     return 0

@@ -25,7 +25,7 @@ from hra_kernels.recipes import RecipeError, answers, job, packages, refusing
 from hra_kernels.recipes.application import Application, Metric, Settings, inference
 from hra_kernels.recipes.base import Base
 from hra_kernels.recipes.options import ADAPTER, COMMON, MODEL, TRAINING, option, positive, resolve
-from hra_kernels.recipes.saving import written_whole
+from hra_kernels.recipes.saving import save_evaluation, written_whole
 from hra_kernels.recipes.text_data import rows_of
 
 DEFAULTS = {
@@ -307,8 +307,7 @@ def evaluate(arguments: argparse.Namespace, console: Console | None = None) -> i
     right = sum(row["right"] for row in rows) / len(rows)
     unmarked = sum(row["answer"] is None for row in rows)
     results = {"job": "math", "model": base.name, "problems": len(rows), "exact_match": right, "unmarked": unmarked}
-    with written_whole(arguments.out) as folder:
-        (folder / "eval.json").write_text(json.dumps({**results, "solutions": rows}, indent=2) + "\n")
+    save_evaluation(arguments.out, {**results, "solutions": rows})
     console.print(f"{base.name}: {100 * right:.1f} % of {len(rows)} problems right, {unmarked} without an answer")
     console.print(f"solutions: {arguments.out / 'eval.json'}")
     return 0

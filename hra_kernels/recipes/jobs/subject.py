@@ -5,7 +5,6 @@ itself draws, keep the class as it was (prior preservation). The default generat
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from hra_kernels.recipes.application import Settings
 from hra_kernels.recipes.base import Batch
 from hra_kernels.recipes.image_application import IMAGE_OPTIONS, Example, ImageApplication, open_base
 from hra_kernels.recipes.options import ADAPTER, COMMON_BUT_LENGTH, MODEL, TRAINING, option, positive, resolve
-from hra_kernels.recipes.saving import written_whole
+from hra_kernels.recipes.saving import save_evaluation, written_whole
 
 EXTRA = "images"
 DEFAULTS = {
@@ -37,14 +36,16 @@ DEFAULTS = {
     "seed": 0,
     "out": Path("runs/subject"),
 }
-DIGITS = {"batch_size": 8, "lr": 3e-3, "class_images": 64, "sampling_steps": 20, "guidance": 2.0, "samples": 8}
+# chosen on pictures of noise other than the test's: at 2e-2 65 % of other digits are kept, at 1e-2 90 % (120 steps);
+# a stronger guidance leaves few digits that the judge can read, of sevens before training 40 % at 2.0, 82 % at 1.4
+DIGITS = {"batch_size": 8, "lr": 1e-2, "class_images": 64, "sampling_steps": 20, "guidance": 1.4, "samples": 8}
 QUICK = {"class_images": 16, "sampling_steps": 10, "samples": 4}
 PRESETS = {  # of the official script, which the defaults follow, and of the paper's appendix B
     "script": {"steps": 2005, "lr": 1e-4, "rank": 8},
     "paper": {"steps": 2000, "lr": 7e-6, "rank": 7},
 }
-STEPS, DIGITS_STEPS, QUICK_STEPS = 2005, 150, 10
-DRAWN, QUICK_DRAWN = 40, 10  # pictures of the subject, and as many of other digits, before and after
+STEPS, DIGITS_STEPS, QUICK_STEPS = 2005, 240, 10
+DRAWN, QUICK_DRAWN = 100, 10  # pictures of the subject, and as many of other digits: a share is off by 5 % or less
 CLASS_NUMBERS = 2**42
 
 EPILOG = f"""\
@@ -280,6 +281,5 @@ def evaluate(arguments: argparse.Namespace, console: Console | None = None) -> i
     best = list(found)[similarity.chosen_epoch(list(found.values()))]
     console.print(f"chosen: {best}, by the largest sum of metrics over their ranges")
     results = {"job": "subject", "images": str(arguments.images), "prompt": prompt, "epochs": found, "chosen": best}
-    with written_whole(arguments.out) as out:
-        (out / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+    save_evaluation(arguments.out, results)
     return 0
