@@ -41,7 +41,7 @@ def _run(command: list[str], **options: object) -> None:
 
 def _install(source: Path, target: Path, console: Console) -> None:
     """Build `source` and put its hra_kernels into `target`, beside a bench and tests that run there."""
-    build = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--quiet"]
+    build = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet"]
     _run([*build, "-C", f"build-dir={target}-build", "--target", str(target), str(source)])
     _copy_benchmark(record.ROOT, target)
     try:
