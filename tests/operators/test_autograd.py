@@ -37,7 +37,7 @@ def chain(flags, transpose=True):
 def test_gradcheck_and_gradgradcheck(on_backend, device, flags, transpose):
     if ops.BACKENDS[on_backend].why_unsupported(device, torch.float64, 3):
         pytest.skip(f"{on_backend} leaves float64 to the reference")
-    x, us = leaves(flags)
+    x, us = leaves(flags, D=6)
     assert torch.autograd.gradcheck(chain(flags, transpose), (x, *us))
     assert torch.autograd.gradgradcheck(chain(flags, transpose), (x, *us))
 
