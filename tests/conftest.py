@@ -12,6 +12,7 @@ Outputs allocated with `torch.empty` are filled with NaN, so that a kernel that 
 
 import importlib.util
 import os
+import signal
 
 # libgomp's idle threads spin; where anything else runs on the machine, that costs tests most of their time
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -33,6 +34,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # ignored in what a script starts in the background, where tests of Ctrl-C would have nothing to test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if INTERPRETED and "triton" in config.getoption("backends").split(","):
         config.pluginmanager.import_plugin("tests.triton.interpreter")
     isa = config.getoption("isa")
