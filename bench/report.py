@@ -303,16 +303,18 @@ def results_page(results: Path) -> str:
 
 
 def readme_block(results: Path, root: Path) -> str:
-    """README's share: per machine the figure of one adapted layer and a small table.
+    """README's share: the figure of one adapted layer and a small table, of the machine that was measured last.
 
     Args:
         root: the folder of README, which links are relative to.
     """
-    parts = []
+    measured = []
     for folder, levels in _machines(results):
         runs = [run for run in levels.get("layer", []) if "ratio" in _by_provider(run).get(OURS, {})]
-        if not runs:
-            continue
+        if runs:
+            measured.append((max(run["meta"]["date"] for run in runs), folder, runs))
+    parts = []
+    for _, folder, runs in sorted(measured)[-1:]:
         rows = []
         for name in README_METHODS:
             found = [_by_provider(run)[name] for run in runs if "ratio" in _by_provider(run).get(name, {})]

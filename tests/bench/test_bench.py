@@ -284,6 +284,18 @@ def test_a_case_that_fails_spares_the_others_and_missing_ones_can_be_asked_for(t
     assert [run["case"]["name"] for run in record.load(tmp_path / "layer.json")["runs"]] == ["a", "c", "b"]
 
 
+def test_readme_shows_the_machine_that_was_measured_last(tmp_path):
+    for machine, day in (("a", 2), ("b", 1)):
+        rows = [
+            {"provider": name, "label": f"{name} on {machine}", "ratio": {"median": 1.1}, "saved_beyond_x_bytes": 0}
+            for name in ("frozen", "ours")
+        ]
+        meta = record.describe(torch.device("cpu"), {}) | {"date": f"2026-11-0{day}"}
+        record.save(tmp_path / machine / "layer.json", "layer", [{"case": {"name": "x"}, "meta": meta, "rows": rows}])
+    text = report.readme_block(tmp_path, tmp_path)
+    assert "ours on a" in text and "ours on b" not in text
+
+
 def test_a_file_without_markers_is_left_alone():
     with pytest.raises(ValueError, match="expected the markers"):
         report.fill("no markers", "content")
