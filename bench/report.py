@@ -250,8 +250,9 @@ def _applications_section(runs: list[dict]) -> str:
         same = sorted((run for run in runs if run["case"]["name"] == job), key=lambda run: run["case"]["seed"])
         if same:
             rows += [_gains(job, metric, same) for metric in metrics]
-            seconds = (f"{run['seconds'] / 60:.1f}" + " with the comparison" * run["compared"] for run in same)
-            times.append(f"`{job}` {', '.join(seconds)}")
+            whole = [run for run in same if run["seconds"]]
+            minutes = (f"{run['seconds'] / 60:.1f}" + " with the comparison" * run["compared"] for run in whole)
+            times += [f"`{job}` {', '.join(minutes)}"] if whole else []
     header = ["the test split", "seed: before, after", "gain, mean ± deviation over seeds", "LoRA alike, after"]
     return (
         "`hra-kernels train JOB --seed SEED` with its defaults: small models and data that packages carry, so not the "
