@@ -3,6 +3,7 @@
 Compilers, exporters, tracers and dispatch modes meet these; `hra_kernels.ops` has what is differentiable.
 """
 
+import functools
 import sys
 
 import torch
@@ -162,10 +163,19 @@ for _name, _kernel, _fake in [
     register(_name, _kernel, _fake)
 
 
+def _decompose(operator, plain):
+    @functools.wraps(plain)
+    def decomposition(*args, **kwargs):
+        _stays_whole_in_inductor(operator)  # where sizes are symbolic, this stands in for the fake
+        return plain(*args, **kwargs)
+
+    register_decomposition(operator)(decomposition)
+
+
 # torch.onnx.export(dynamo=True) knows none of these operators and asks this table for others in their place
 for _name, _plain in [
     ("wy_factor_fwd", reference.portable_factor),
     ("reflect_fwd", reference.reflect_fwd),
     ("reflect_dx", reference.reflect_dx),
 ]:
-    register_decomposition(getattr(torch.ops.hra, _name).default)(_plain)
+    _decompose(getattr(torch.ops.hra, _name).default, _plain)

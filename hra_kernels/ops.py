@@ -331,10 +331,11 @@ def chain_factor(
     """
     for u in us:
         checks.check_u("chain_factor", u)
-    us = [u.detach() for u in in_factor_dtype(us, dtype)]
-    # every layer comes here after every step of an optimizer: the dispatcher takes longer than a small factor
-    wy_factor = _backend_factor if is_eager(*us) else torch.ops.hra.wy_factor_fwd
-    return join_factors([factor_by_rule(wy_factor, u, gs) for u, gs in zip(us, apply_gs, strict=True)])
+    with torch.no_grad():
+        us = in_factor_dtype(us, dtype)
+        # every layer comes here after every step of an optimizer: the dispatcher takes longer than a small factor
+        wy_factor = _backend_factor if is_eager(*us) else torch.ops.hra.wy_factor_fwd
+        return join_factors([factor_by_rule(wy_factor, u, gs) for u, gs in zip(us, apply_gs, strict=True)])
 
 
 def _backend_factor(u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:

@@ -159,14 +159,15 @@ def test_compile_is_one_graph_for_every_batch_size(compiler):
     assert counter.frame_count == 1
 
 
-def test_inductor_keeps_the_operators_where_ci_is_set(monkeypatch):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_keeps_the_operators_where_ci_is_set(monkeypatch, dynamic):
     monkeypatch.setenv("CI", "true")  # an operator with a decomposition (ours: for ONNX) is an error to Inductor then
     for name in ("wy_factor_fwd", "reflect_fwd", "reflect_dx"):
         lowering.lowerings.pop(getattr(torch.ops.hra, name).default, None)
     torch._dynamo.reset()
     x, (u,) = leaves((False,), dtype=torch.float32)
     with fresh_inductor_cache():
-        compiled = torch.compile(chain((False,)), fullgraph=True)
+        compiled = torch.compile(chain((False,)), fullgraph=True, dynamic=dynamic)
         got = torch.autograd.grad(compiled(x, u).sum(), (x, u))
         with torch.no_grad():
             assert relative(compiled(x, u), chain((False,))(x, u)) < rounding(*u.shape)
