@@ -34,7 +34,7 @@ def entry(results: dict) -> dict:
             "gpu": {"name": where["gpus"][0]} if where["gpus"] else None,
         },
         "steps": results["steps"],
-        "seconds": None if arguments["resume"] else results["seconds"],  # those of the last part alone
+        "seconds": None if arguments.get("resume") else results["seconds"],  # those of the last part alone
         "compared": not arguments["no_compare"],
         "rows": [{"provider": name, "label": name, "values": values} for name, values in results["test"].items()],
     }
