@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from hra_kernels.backends import choose
 from hra_kernels.backends.cpu import same_values
 from hra_kernels.factors import join_factors
 from hra_kernels.ops import PLAIN, chain_factor, factor_in_groups, is_eager, wants_plain_ops, wy_factor_many
-from hra_kernels.soft import Rule
+from hra_kernels.soft import Rule, Soft
 
 _optimizer_steps = 0
 
@@ -113,7 +114,7 @@ class FactorCache:
         """
         eager = eager or is_eager(*us)
         if eager:
-            factor = self._still_valid(us, apply_gs, dtype)
+            factor = self._of_one_chain(us, apply_gs, dtype)
             if factor is not None:
                 return factor
         elif torch.compiler.is_compiling():
@@ -161,10 +162,10 @@ class FactorCache:
             return False
         return True
 
-    def _still_valid(
+    def _of_one_chain(
         self, us: Sequence[Tensor], apply_gs: Sequence[Rule], dtype: torch.dtype
     ) -> tuple[Tensor, Tensor] | None:
-        """What `_may_keep` and `_kept` find of one chain, in one step: the most frequent answer, once a layer."""
+        """`get` of one chain as nearly every call wants it, in one step; None where that must look closer."""
         if self._entry is None or len(us) != 1:
             return None
         key, values, _, factor = self._entry
@@ -172,10 +173,19 @@ class FactorCache:
         if values:
             if not u.is_cpu or key != (dtype == torch.float64, *apply_gs, u.dtype):
                 return None
-            return factor if same_values(values[0], u) else None
+            return factor if same_values(values[0], u) else self._renewed(key, values[0], u, apply_gs[0])
         if self.parameters_come_late or _captured or u.is_inference() or _capturing():
             return None
         return factor if key == _key_of_places(us, apply_gs, dtype) else None
+
+    def _renewed(self, key: tuple, before: Tensor, u: Tensor, gs: Rule) -> tuple[Tensor, Tensor] | None:
+        """The factor of one chain of which the values alone have changed: once a layer and training step."""
+        if u.shape != before.shape or isinstance(gs, Soft) or (u.dtype == torch.float64) != key[0] or u.is_inference():
+            return None
+        with _outside_inference_mode():
+            values, factor = choose(u.device, u.dtype, u.shape[1], factor=True).copy_and_factor(u, gs)
+        self._entry = (key, [values], [], factor)
+        return factor
 
     def _kept(self, key: tuple, us: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         entry = self._entry

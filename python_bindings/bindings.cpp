@@ -51,15 +51,16 @@ class Call {
   // A pointer to `count` elements of the activations' dtype, or of the factor's.
   template <class T = void>
   T* activation(const char* name, uintptr_t value, int64_t count) const {
-    return static_cast<T*>(pointer(name, value, count, element_size(dtype_)));
+    return static_cast<T*>(pointer(name, value, count, element_size()));
   }
   template <class T = void>
   T* factor(const char* name, uintptr_t value, int64_t count) const {
     return static_cast<T*>(pointer(name, value, count, dtype_ == DType::kFloat64 ? 8 : 4));
   }
+  // Of the activations' dtype, in bytes.
+  uintptr_t element_size() const { return dtype_ == DType::kFloat64 ? 8 : dtype_ == DType::kFloat32 ? 4 : 2; }
 
  private:
-  static uintptr_t element_size(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
   void* pointer(const char* name, uintptr_t value, int64_t count, uintptr_t alignment) const {
     if (value == 0 && count > 0) fail(op_, name, "a pointer to " + std::to_string(count) + " elements", "null");
     if (value % alignment != 0)
@@ -153,8 +154,9 @@ void weight_side_bwd(uintptr_t dv, uintptr_t dt, uintptr_t dx, uintptr_t x, uint
   hra::cpu::weight_side_bwd(params, num_threads);
 }
 
-void wy_factor_fwd(uintptr_t v, uintptr_t t, uintptr_t u, int64_t D, int64_t R, int dtype, bool apply_gs,
-                   int num_threads) {
+// With a `copy` of u (0: none is wanted) the factor is the copy's: others may write to u meanwhile.
+void wy_factor_fwd(uintptr_t v, uintptr_t t, uintptr_t copy, uintptr_t u, int64_t D, int64_t R, int dtype,
+                   bool apply_gs, int num_threads) {
   const Call call("wy_factor_fwd", dtype, num_threads);
   call.size("D", D);
   call.rank(R);
@@ -166,7 +168,12 @@ void wy_factor_fwd(uintptr_t v, uintptr_t t, uintptr_t u, int64_t D, int64_t R, 
   params.R = R;
   params.dtype = call.dtype();
   params.apply_gs = apply_gs;
+  void* const copy_ptr = copy == 0 ? nullptr : call.activation("copy", copy, R * D);
   const py::gil_scoped_release release;
+  if (copy_ptr != nullptr) {
+    std::memcpy(copy_ptr, params.u_ptr, static_cast<size_t>(R * D) * call.element_size());
+    params.u_ptr = copy_ptr;
+  }
   hra::cpu::wy_factor_fwd(params, num_threads);
 }
 
@@ -242,7 +249,8 @@ PYBIND11_MODULE(_native, m) {
         "stride_dxm"_a, "stride_dym"_a, "stride_xm"_a, "dtype"_a, "transpose"_a, "num_threads"_a);
   m.def("weight_side_bwd", &weight_side_bwd, "dv"_a, "dt"_a, "dx"_a, "x"_a, "v"_a, "t"_a, "M"_a, "D"_a, "R"_a,
         "stride_dxm"_a, "stride_xm"_a, "dtype"_a, "num_threads"_a);
-  m.def("wy_factor_fwd", &wy_factor_fwd, "v"_a, "t"_a, "u"_a, "D"_a, "R"_a, "dtype"_a, "apply_gs"_a, "num_threads"_a);
+  m.def("wy_factor_fwd", &wy_factor_fwd, "v"_a, "t"_a, "copy"_a, "u"_a, "D"_a, "R"_a, "dtype"_a, "apply_gs"_a,
+        "num_threads"_a);
   m.def("wy_factor_bwd", &wy_factor_bwd, "du"_a, "dv"_a, "dt"_a, "u"_a, "v"_a, "t"_a, "D"_a, "R"_a, "dtype"_a,
         "apply_gs"_a, "num_threads"_a);
   m.def("chain_bwd", &chain_bwd, "dx"_a, "du"_a, "dy"_a, "x"_a, "u"_a, "v"_a, "t"_a, "p"_a, "M"_a, "D"_a, "R"_a,

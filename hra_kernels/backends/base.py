@@ -66,6 +66,11 @@ class Backend(ABC):
     def wy_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
         """v (R, D) and t (R, R) of u (D, R), any strides."""
 
+    def copy_and_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A copy of u (D, R), and `wy_factor` of the copy, whatever is written to u meanwhile; without gradient."""
+        copy = u.detach().clone()
+        return copy, self.wy_factor(copy, apply_gs)
+
     def wy_factor_many(self, us: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
         """v (L, R, D) and t (L, R, R) of us (L, D, R): bit for bit each factor on its own."""
         factors = [self.wy_factor(u, apply_gs) for u in us]

@@ -30,17 +30,11 @@ class CpuBackend(Backend):
         return _why_missing
 
     def wy_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, Tensor]:
-        size_d, rank = u.shape
-        dtype = factor_dtype(u.dtype)
-        like = u if u.dtype == dtype else u.new_empty(0, dtype=dtype)
-        v, t = like.new_empty(rank, size_d), like.new_empty(rank, rank)
-        if rank:
-            u = u.contiguous()
-            _native.wy_factor_fwd(
-                v.data_ptr(), t.data_ptr(), u.data_ptr(),
-                size_d, rank, _CODES[u.dtype], apply_gs, torch.get_num_threads(),
-            )  # fmt: skip
-        return v, t
+        return _factor(u, apply_gs, None)
+
+    def copy_and_factor(self, u: Tensor, apply_gs: bool) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        copy = u.new_empty(*u.shape)
+        return copy, _factor(u, apply_gs, copy)
 
     def wy_factor_bwd(self, dv: Tensor, dt: Tensor, u: Tensor, v: Tensor, t: Tensor, apply_gs: bool) -> Tensor:
         size_d, rank = u.shape
@@ -111,6 +105,20 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     if _native is None or a.shape != b.shape or not (a.is_contiguous() and b.is_contiguous()):
         return torch.equal(a, b)
     return _native.same_bytes(a.data_ptr(), b.data_ptr(), a.nbytes)
+
+
+def _factor(u: Tensor, apply_gs: bool, copy: Tensor | None) -> tuple[Tensor, Tensor]:
+    size_d, rank = u.shape
+    dtype = factor_dtype(u.dtype)
+    like = u if u.dtype == dtype else u.new_empty(0, dtype=dtype)
+    v, t = like.new_empty(rank, size_d), like.new_empty(rank, rank)
+    if rank:
+        u = u.contiguous()
+        _native.wy_factor_fwd(
+            v.data_ptr(), t.data_ptr(), 0 if copy is None else copy.data_ptr(), u.data_ptr(),
+            size_d, rank, _CODES[u.dtype], apply_gs, torch.get_num_threads(),
+        )  # fmt: skip
+    return v, t
 
 
 def _reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, p: Tensor | None) -> Tensor:

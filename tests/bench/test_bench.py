@@ -14,7 +14,6 @@ pytest.importorskip("peft")
 
 from bench import COMMIT_VARIABLE, applications, layer, model, op, providers, record, report, shapes, timing
 from bench import __main__ as cli
-from hra_kernels import factor_cache, ops
 from hra_kernels.measuring import stopwatch
 from hra_kernels.measuring.text import significant
 from hra_kernels.testing.tolerance import rounding
@@ -187,10 +186,7 @@ def test_a_touched_parameter_has_a_new_version_and_other_values_of_its_size():
     assert u._version > version and torch.equal(u.abs(), before.abs()) and not torch.equal(u, before)
 
 
-def test_a_timed_call_computes_the_factor_anew(monkeypatch):
-    computed = []
-    counted = lambda us, *rest: computed.append(us) or ops.chain_factor(us, *rest)  # noqa: E731
-    monkeypatch.setattr(factor_cache, "chain_factor", counted)
+def test_a_timed_call_computes_the_factor_anew(computed):
     layer_of_ours = layer.adapted(providers.BY_NAME["ours-nn"], nn.Linear(8, 6), torch.randn(8, 2))
     timed = layer.variant(layer_of_ours, [(torch.randn(3, 8), torch.randn(3, 6))])
     for _ in range(3):

@@ -123,7 +123,7 @@ def test_weight_side_bwd_rejects(changes, message):
 def test_wy_factor_rejects(changes, message):
     x = torch.ones(4, 6)
     arguments = {"D": 6, "R": 2, "dtype": 0, "apply_gs": False, "num_threads": 1}
-    forward = {name: x.data_ptr() for name in ("v", "t", "u")} | arguments | changes
+    forward = {name: x.data_ptr() for name in ("v", "t", "copy", "u")} | arguments | changes
     with pytest.raises(ValueError, match="wy_factor_fwd: " + message):
         native.wy_factor_fwd(**forward)
     backward = {name: x.data_ptr() for name in ("du", "dv", "dt", "u", "v", "t")} | arguments | changes

@@ -13,6 +13,7 @@ from hra_kernels import factor_cache, ops
 from hra_kernels.backends import cpu as cpu_backend
 from hra_kernels.factor_cache import FactorCache
 from hra_kernels.nn import HRAConv2d, HRALinear
+from hra_kernels.soft import Soft
 
 
 def layer_and_input():
@@ -94,21 +95,54 @@ def test_clear():
     torch.testing.assert_close(layer(x), layer.merged()(x))
 
 
-def test_a_write_while_the_factor_is_computed_is_seen(monkeypatch):
+@pytest.mark.parametrize("before", [False, True], ids=["first", "changed"])
+@pytest.mark.parametrize(
+    "name, place, function",
+    [("reference", ops.BACKENDS["reference"], "wy_factor"), ("cpu", cpu_backend._native, "wy_factor_fwd")],
+)
+def test_a_write_while_the_factor_is_computed_is_seen(monkeypatch, name, place, function, before):
     """By another thread, in a server that loads new weights: factor and kept values belong together all the same."""
     layer, x = layer_and_input()
-    compute = ops.BACKENDS["reference"].wy_factor
+    compute = getattr(place, function)
 
-    def interrupted(u, apply_gs):
-        factor = compute(u, apply_gs)
-        monkeypatch.setattr(ops.BACKENDS["reference"], "wy_factor", compute)
+    def interrupted(*args):
+        monkeypatch.setattr(place, function, compute)
+        factor = compute(*args)
         layer.hra_u.data.copy_(torch.randn(16, 4))
         return factor
 
-    monkeypatch.setattr(ops.BACKENDS["reference"], "wy_factor", interrupted)
-    with ops.use_backend("reference"):
+    with ops.use_backend(name):
+        if before:
+            layer(x)
+            layer.hra_u.data.copy_(torch.randn(16, 4))
+        monkeypatch.setattr(place, function, interrupted)
         layer(x)
+        assert getattr(place, function) is compute, "nothing was computed"
         torch.testing.assert_close(layer(x), layer.merged()(x))
+
+
+@pytest.mark.parametrize("change", [torch.neg, lambda u: u[:8], lambda u: u[:, :2], lambda u: u.mT.contiguous().mT])
+@pytest.mark.parametrize("rule", [False, True, Soft(1e-4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_changed_values_have_the_factor_of_new_ones(change, rule, dtype):
+    u = torch.randn(16, 4, dtype=dtype)
+    for wide in (torch.float32, torch.float64):
+        cache = FactorCache()
+        cache.get([u], [rule], wide)
+        changed = change(u)
+        found, expected = cache.get([changed], [rule], wide), ops.chain_factor([changed], [rule], wide)
+        assert all(map(torch.equal, found, expected)) and found[0].dtype == wide
+        assert cache.get([changed], [rule], wide) is found
+
+
+def test_nothing_is_kept_of_inference_tensors(computed):
+    cache, u = FactorCache(), torch.randn(16, 4)
+    cache.get([u], [False], torch.float32)
+    with torch.inference_mode():
+        changed = -u
+    for _ in range(2):
+        cache.get([changed], [False], torch.float32)
+    assert len(computed) == 3
 
 
 @pytest.fixture
