@@ -21,6 +21,12 @@ KINDS = {
 }
 
 
+def _sees_what_comes(config: transformers.PretrainedConfig) -> bool:
+    """Whether transformers makes a causal language model of an encoder, with a warning alone."""
+    masked = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING
+    return masked and not (config.is_decoder or getattr(config, "causal", False))
+
+
 @dataclass(frozen=True)
 class Base:
     """Makes fresh copies of one pretrained model; what is new in one is drawn from the seed: two copies are equal.
@@ -57,6 +63,8 @@ class Base:
         auto, what = KINDS[self.kind]
         with refusing(f"--model {self.source}: expected {what}, got"):
             model = auto.from_pretrained(self.source, **self.options)
+            if self.kind == TaskType.CAUSAL_LM and _sees_what_comes(model.config):
+                raise ValueError(f"{type(model).__name__} of an encoder, which sees the words it is to predict")
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model.to(self.device).eval()
 

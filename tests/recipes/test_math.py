@@ -20,7 +20,7 @@ from hra_kernels import cli
 from hra_kernels.recipes import answers
 from hra_kernels.recipes.jobs import math
 from hra_kernels.testing.tolerance import rounding
-from tests.recipes.tiny import save_llama, save_problems
+from tests.recipes.tiny import save_base, save_llama, save_problems
 
 FLOAT32 = rounding(16, 8, layers=8)
 
@@ -192,6 +192,15 @@ def test_bad_input_is_one_line(job, tmp_path, capsys, options, said):
     assert cli.main([*job, "--out", str(tmp_path), *options]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and said in err
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_an_encoder_is_no_language_model(tmp_path, capsys, verb):
+    model = str(save_base(tmp_path / "encoder"))
+    capsys.readouterr()
+    assert cli.main([verb, "math", "--model", model, "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "expected a causal language model, got" in err and "of an encoder" in err
 
 
 @pytest.mark.parametrize(
