@@ -29,6 +29,8 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +41,10 @@ from bench.gpu.stages import ROOT, TO_BE_CONTINUED, Stage, Step, stages
 TABLES = ROOT / "hra_kernels" / "backends" / "launch_tables"
 MARGIN_S = 15.0
 """Kept back at the end of a call for packing."""
+KILLED_S = 5.0
+"""A killed process that has not ended by then waits for the GPU's driver; nobody waits for it."""
+MARK = "HRA_BENCH_GPU_STEP"
+"""Every process of a step has it in its environment, and the tree it runs in."""
 
 
 @dataclass
@@ -58,8 +64,24 @@ class Session:
         """Keep what became of a step."""
         with self.lock:
             self.state.setdefault("steps", {})[step] = entry
-            self.work.mkdir(parents=True, exist_ok=True)
-            (self.work / "state.json").write_text(json.dumps(self.state, indent=1) + "\n")
+            write_whole(self.work / "state.json", json.dumps(self.state, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A call may be killed at any time, and leaves what was there or `text`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def end_leftovers() -> None:
+    """Kill what a call that was killed left running in this tree: it would be measured with what comes."""
+    mark = f"{MARK}={ROOT}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                os.kill(int(process.name), signal.SIGKILL)
 
 
 def execute(
@@ -68,7 +90,7 @@ def execute(
     """(exit status, or None where it did not end in time; output) of a command, which the log gets too."""
     log.parent.mkdir(parents=True, exist_ok=True)
     python_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    settings = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"} | (environment or {})
+    settings = os.environ | {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", MARK: str(ROOT)} | (environment or {})
     with log.open("w") as file:
         print("$", *command, file=file, flush=True)
         start = file.tell()
@@ -83,7 +105,8 @@ def execute(
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=KILLED_S)
     with log.open(errors="replace") as file:
         file.seek(start)
         return status, file.read()
@@ -133,8 +156,8 @@ def run_step(session: Session, stage: Stage, step: Step) -> None:
     print(f"    {key}: {verdict}: {summary[:300]}", flush=True)
 
 
-def run_stage(session: Session, stage: Stage, again: bool) -> None:
-    """Run the steps of a stage that are due."""
+def run_stage(session: Session, stage: Stage, again: bool, keep: Callable[[], object] = lambda: None) -> None:
+    """Run the steps of a stage that are due; `keep` is called after each."""
     known = session.state.get("steps", {})
     due = [
         step
@@ -144,37 +167,59 @@ def run_stage(session: Session, stage: Stage, again: bool) -> None:
     if due:
         print(f"=== {stage.name} ({session.left():.0f} s left)", flush=True)
     with ThreadPoolExecutor(len(due) or 1 if stage.together else 1) as pool:
-        list(pool.map(lambda step: run_step(session, stage, step), due))
+        list(pool.map(lambda step: (run_step(session, stage, step), keep()), due))
 
 
 def resume(session: Session, folder: Path) -> None:
     """Take what an earlier call left in its output folder: state, results, tuned tables.
 
     Raises:
-        ValueError: the folder has no state.
+        ValueError: the folder has no state, or results that cannot be read.
     """
     if not (folder / "state.json").exists():
         raise ValueError(f"--resume: expected a folder with a state.json, got {folder}")
-    session.work.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(folder / "state.json", session.work / "state.json")
-    if (folder / "results.tar.gz").exists():
-        with tarfile.open(folder / "results.tar.gz") as archive:
-            archive.extractall(session.work, filter="data")
+    archive = folder / "results.tar.gz"
+    try:
+        if archive.exists():
+            with tarfile.open(archive) as opened:
+                opened.extractall(session.work, filter="data")
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"--resume: expected the whole of {archive}, got {type(error).__name__}: {error}") from error
+    write_whole(session.work / "state.json", (folder / "state.json").read_text())
 
 
-def name_commit(session: Session, given: str | None) -> None:
-    """Tell the benchmark which commit this is.
+def read_state(session: Session) -> None:
+    """Take the state that is in the work folder.
 
     Raises:
-        ValueError: neither git, nor `given`, nor an earlier call says.
+        ValueError: it is none.
+    """
+    path = session.work / "state.json"
+    try:
+        session.state = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"expected the state of a call in {path}, got {error}") from error
+
+
+def name_commit(session: Session, given: str | None, resumed: bool = False) -> None:
+    """Tell the benchmark which commit this is; what was found of another one says nothing of it, and is dropped.
+
+    Raises:
+        ValueError: neither git, nor `given`, nor an earlier call says; or what is `resumed` was another commit's.
     """
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    if shutil.which("git") and subprocess.run(git, capture_output=True).returncode == 0:
-        return
-    session.state["commit"] = given or session.state.get("commit")
-    if not session.state["commit"]:
+    done = subprocess.run(git, capture_output=True, text=True) if shutil.which("git") else None
+    known = session.state.get("commit")
+    commit = done.stdout.strip() if done and done.returncode == 0 else given or known
+    if not commit:
         raise ValueError("there is no git history here: name the commit with --commit")
-    os.environ[COMMIT_VARIABLE] = session.state["commit"]
+    if known not in (None, commit):
+        if resumed:
+            raise ValueError(f"--resume: expected what a call left of {commit}, got {known}'s")
+        for name in ("results", "logs", "tune"):
+            shutil.rmtree(session.work / name, ignore_errors=True)
+        session.state = {}
+    session.state["commit"] = os.environ[COMMIT_VARIABLE] = commit
 
 
 def benchmark_lines(path: Path) -> list[str]:
@@ -211,17 +256,19 @@ def verdict(session: Session, planned: list[Stage]) -> str:
 
 def pack(session: Session, planned: list[Stage], out: Path) -> str:
     """Everything that counts, as five files; the verdict."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = verdict(session, planned)
-    (out / "verdict.md").write_text(text)
-    (out / "state.json").write_text(json.dumps(session.state, indent=1) + "\n")
-    with tarfile.open(out / "results.tar.gz", "w:gz") as archive:
-        for name in ("results", "logs", "tune"):
-            if (session.work / name).exists():
-                archive.add(session.work / name, arcname=name)
-    for extra in (*(session.work / "tune").glob("table/*.json"), session.work / "counters.ncu-rep"):
-        if extra.exists():
-            shutil.copy2(extra, out / extra.name)
+    with session.lock:
+        text = verdict(session, planned)
+        write_whole(out / "verdict.md", text)
+        write_whole(out / "state.json", json.dumps(session.state, indent=1) + "\n")
+        part = out / "results.tar.gz.part"
+        with tarfile.open(part, "w:gz") as archive:
+            for name in ("results", "logs", "tune"):
+                if (session.work / name).exists():
+                    archive.add(session.work / name, arcname=name)
+        part.replace(out / "results.tar.gz")
+        for extra in (*(session.work / "tune").glob("table/*.json"), session.work / "counters.ncu-rep"):
+            if extra.exists():
+                shutil.copy2(extra, out / extra.name)
     return text
 
 
@@ -246,18 +293,17 @@ def main() -> int:
     try:
         if options.resume:
             resume(session, options.resume)
-        if (session.work / "state.json").exists():
-            session.state = json.loads((session.work / "state.json").read_text())
-        name_commit(session, options.commit)
+        read_state(session)
+        name_commit(session, options.commit, resumed=options.resume is not None)
     except ValueError as error:
         parser.error(str(error))
     for table in (session.work / "tune").glob("table/*.json"):
         if not options.rehearse:
             shutil.copy2(table, TABLES / table.name)  # the tree that comes with a call has the old one
     chosen = [stage for stage in planned if options.stages is None or stage.name in options.stages]
-    for stage in chosen:
-        run_stage(session, stage, again=options.stages is not None)
-        pack(session, planned, options.out)  # a call that is cut off has brought home what came before
+    end_leftovers()
+    for stage in chosen:  # a call that is cut off has brought home what came before
+        run_stage(session, stage, options.stages is not None, lambda: pack(session, planned, options.out))
     print(pack(session, planned, options.out)[-8000:])
     steps = session.state.get("steps", {})
     found = [steps.get(f"{stage.name}/{step.name}", {}).get("status") for stage in chosen for step in stage.steps]

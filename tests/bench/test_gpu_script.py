@@ -65,8 +65,44 @@ def test_a_hang_ends_at_its_limit_with_all_it_started_and_spares_the_rest(sessio
     found = run(session, python("hang", child, seconds=2), python("next", "print('fine')"))
     assert found["stage/hang"]["status"] == "failed" and "did not end within 2 s" in found["stage/hang"]["summary"]
     assert found["stage/next"]["status"] == "passed"
-    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert ended((tmp_path / "pid").read_text())
+
+
+def ended(pid: str) -> bool:
+    state = Path("/proc", pid, "stat")
+    return not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_what_a_killed_call_left_running_ends_when_the_next_begins(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    pid = tmp_path / "pid"
+    child = (
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], "
+        f"start_new_session=True); open({str(pid)!r}, 'w').write(str(p.pid))"
+    )
+    run(session, python("leaves", child))
+    assert not ended(pid.read_text())
+    gpu.end_leftovers()
+    deadline = time.monotonic() + 10
+    while not ended(pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ended(pid.read_text())
+
+
+def test_a_process_that_cannot_be_killed_is_not_waited_for(session, monkeypatch):
+    """One in the GPU's driver, say."""
+    monkeypatch.setattr(os, "killpg", lambda *_: None)
+    monkeypatch.setattr(gpu, "KILLED_S", 0.2)
+    begun = time.monotonic()
+    found = run(session, python("hang", "import time; time.sleep(10)", seconds=1))
+    assert found["stage/hang"]["summary"] == "did not end within 1 s" and time.monotonic() - begun < 8
+
+
+def test_every_step_comes_home_as_soon_as_it_has_ended(session):
+    home = []
+    stage = Stage("stage", [python("first", "print(1)"), python("second", "print(2)")])
+    gpu.run_stage(session, stage, False, lambda: home.append(set(session.state["steps"])))
+    assert home == [{"stage/first"}, {"stage/first", "stage/second"}]
 
 
 def test_what_the_end_of_a_call_cut_off_goes_on_in_the_next(session):
@@ -139,6 +175,28 @@ def test_state_results_and_tables_come_home_and_are_resumed_from(session, tmp_pa
     assert (other.work / "results" / "layer.json").exists() and (other.work / "tune/table/sm_90.json").exists()
     with pytest.raises(ValueError, match=r"expected a folder with a state\.json"):
         gpu.resume(other, tmp_path / "nothing")
+    archive = (home / "results.tar.gz").read_bytes()
+    (home / "results.tar.gz").write_bytes(archive[: len(archive) // 2])
+    with pytest.raises(ValueError, match="expected the whole of"):
+        gpu.resume(other, home)
+    (other.work / "state.json").write_text('{"steps":')
+    with pytest.raises(ValueError, match="expected the state of a call in"):
+        gpu.read_state(other)
+
+
+def test_what_was_found_of_another_commit_is_dropped_and_not_resumed(session, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(gpu.COMMIT_VARIABLE, "")
+    run(session, python("fine", "print(1)"))
+    (session.work / "results").mkdir()
+    gpu.name_commit(session, "first")
+    gpu.name_commit(session, "first", resumed=True)
+    assert session.state["steps"] and (session.work / "results").exists()
+    with pytest.raises(ValueError, match="expected what a call left of second, got first's"):
+        gpu.name_commit(session, "second", resumed=True)
+    gpu.name_commit(session, "second")
+    assert session.state == {"commit": "second"} and not (session.work / "results").exists()
 
 
 def test_a_tree_without_history_must_be_named_with_and_without_git(session, monkeypatch, tmp_path):
