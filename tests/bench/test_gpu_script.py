@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 from bench import __main__ as cli
 from bench import shapes
-from bench.gpu import counters
+from bench.gpu import build, counters
 from bench.gpu import run as gpu
 from bench.gpu.stages import ROOT, TO_BE_CONTINUED, Stage, Step, stages
 
@@ -197,6 +197,28 @@ def test_what_was_found_of_another_commit_is_dropped_and_not_resumed(session, mo
         gpu.name_commit(session, "second", resumed=True)
     gpu.name_commit(session, "second")
     assert session.state == {"commit": "second"} and not (session.work / "results").exists()
+
+
+def test_modules_of_other_sources_than_the_trees_are_built_anew(monkeypatch, tmp_path):
+    pytest.importorskip("hra_kernels._native")
+    source, built_from = tmp_path / "csrc" / "kernel.cu", tmp_path / "built-from"
+    source.parent.mkdir()
+    source.write_text("right")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with pytest.raises(RuntimeError, match="not known to be built from these"):
+        build.check(built_from, cuda=False)
+    built_from.write_text(build.digest())
+    build.check(built_from, cuda=False)
+    source.write_text("mended")
+    with pytest.raises(RuntimeError, match="not known to be built from these"):
+        build.check(built_from, cuda=False)
+
+
+@pytest.mark.parametrize("rehearse", [True, False])
+def test_no_state_alone_lets_the_build_be_skipped(rehearse, tmp_path):
+    (step,) = next(stage for stage in stages(tmp_path, rehearse) if stage.name == "build").steps
+    assert step.unless and subprocess.run([sys.executable, "-c", step.unless], cwd=ROOT).returncode != 0
 
 
 def test_a_tree_without_history_must_be_named_with_and_without_git(session, monkeypatch, tmp_path):
