@@ -114,11 +114,13 @@ def benchmark(level: str, work: Path, rehearse: bool) -> Stage:
     )
 
 
-def pytest(name: str, seconds: float, *arguments: str, workers: int = 8, **options: object) -> Step:
-    """A run of tests that must have passed some; no single test takes over a minute, where pytest can tell."""
+def pytest(name: str, seconds: float, *arguments: str, workers: int = 8, each: int = 60, **options: object) -> Step:
+    """A run of tests that must have passed some. One that takes over `each` seconds ends its process; 0: none does."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=30"]
-    if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout=60"]
+    if each:  # from a thread of its own: a test that waits for the GPU gets no signal
+        command += ["-o", f"faulthandler_timeout={each}", "-o", "faulthandler_exit_on_timeout=true"]  # pytest 9
+        if importlib.util.find_spec("pytest_timeout"):
+            command += [f"--timeout={each}", "--timeout-method=thread"]
     if importlib.util.find_spec("xdist") and workers > 1:
         command += ["-n", str(min(workers, os.cpu_count() or 1))]
     return Step(name, [*command, *arguments], seconds, says=r"^.*\d+ passed.*$", **options)
@@ -149,8 +151,7 @@ def sanitize(rehearse: bool) -> list[Step]:
     steps = []
     for tool in ("memcheck", "synccheck", "racecheck"):
         for name in ("triton", "cuda"):
-            plain = pytest("", 0, "-x", "--backends", name, ACCURACY, "-k", SANITIZED, workers=1)
-            command = [part for part in plain.command if not part.startswith("--timeout")]
+            command = pytest("", 0, "-x", "--backends", name, ACCURACY, "-k", SANITIZED, workers=1, each=0).command
             steps.append(
                 Step(
                     f"{tool} {name}",

@@ -17,6 +17,7 @@ from bench import shapes
 from bench.gpu import build, counters
 from bench.gpu import run as gpu
 from bench.gpu.stages import ROOT, TO_BE_CONTINUED, Stage, Step, stages
+from bench.gpu.stages import pytest as gpu_pytest
 
 
 @pytest.fixture
@@ -66,6 +67,18 @@ def test_a_hang_ends_at_its_limit_with_all_it_started_and_spares_the_rest(sessio
     assert found["stage/hang"]["status"] == "failed" and "did not end within 2 s" in found["stage/hang"]["summary"]
     assert found["stage/next"]["status"] == "passed"
     assert ended((tmp_path / "pid").read_text())
+
+
+def test_a_test_that_hangs_ends_its_process(session, tmp_path):
+    """It holds the interpreter's lock, as a call that waits for the GPU may: no signal's handler ever runs."""
+    if int(pytest.__version__.split(".")[0]) < 9:
+        pytest.skip("pytest has no faulthandler_exit_on_timeout")
+    code = "import ctypes\ndef test_fine(): pass\ndef test_hang(): ctypes.PyDLL(None).sleep(50)\n"
+    (tmp_path / "test_hang.py").write_text(code)
+    step = gpu_pytest("hang", 40, str(tmp_path / "test_hang.py"), "-c", "/dev/null", workers=1, each=1, least=1)
+    found = run(session, step)["stage/hang"]
+    assert found["status"] == "failed" and found["seconds"] < 30
+    assert "in test_hang" in (session.work / "logs" / "stage-hang.log").read_text()
 
 
 def ended(pid: str) -> bool:
