@@ -5,13 +5,23 @@
     python -m bench.gpu.run --out FOLDER --stages build smoke   these alone, again
     python -m bench.gpu.run --out FOLDER --rehearse             the same on a CPU, in little
 
+A machine that is lent for 15 minutes has time for two calls, one right after the other:
+
+    python3 -m bench.gpu.run --out FOLDER --commit HASH                  9.5 minutes, with the limit on commands at 10
+    python3 -m bench.gpu.run --out FOLDER --commit HASH --seconds 170    what is left of the 15, less a minute
+
+The first has correctness and the numbers that the targets are about; the second, like any later one, goes on where the
+last ended. On another machine give it the FOLDER that came home, of the same commit, as --resume. After a mend (another
+commit) everything runs again, the build too where sources changed; without one, --stages repeats what failed.
+
 The steps are the list in `bench.gpu.stages`; this runs them with a log, a time limit and a place in the state each. A
 call ends within --seconds; a step that its end cut off, or that was not begun, comes first in the next one. A step that
-cannot run says why, and the rest goes on. Made for a bare machine (torch, triton, nvcc, cmake, ninja, pybind11,
-scikit-build-core, peft, pytest, hypothesis, transformers; no network, perhaps no git) that may be gone tomorrow: what
-counts comes home in FOLDER, and `--resume` starts from it. The native modules are built anew wherever they cannot be
-imported, whatever the state says. The machine's settings are read, never changed. Only the standard library is needed
-to start. Where the tree comes without its history, --commit names what it is.
+cannot run says why, and the rest goes on. One call at a time: it ends what is left of one before. Made for a bare
+machine (torch, triton, nvcc, cmake, ninja, pybind11, scikit-build-core, peft, pytest, hypothesis, transformers, rich;
+no network, perhaps no git) that may be gone tomorrow: what counts comes home in FOLDER after each step. Native modules
+are built anew wherever they cannot be imported or are of other sources, whatever the state says. The machine's settings
+are read, never changed. Only the standard library is needed to start. Where the tree comes without its history,
+--commit names what it is.
 
 FOLDER gets verdict.md, state.json, results.tar.gz (JSON, plots, logs, times of tuning), the launch table, and
 counters.ncu-rep.
@@ -36,7 +46,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import COMMIT_VARIABLE
-from bench.gpu.stages import ROOT, TO_BE_CONTINUED, Stage, Step, stages
+from bench.gpu.stages import LIMIT, ROOT, TO_BE_CONTINUED, Stage, Step, stages
 
 TABLES = ROOT / "hra_kernels" / "backends" / "launch_tables"
 MARGIN_S = 15.0
@@ -133,7 +143,8 @@ def run_step(session: Session, stage: Stage, step: Step) -> None:
         session.note(key, status="unfinished", summary=f"{session.left():.0f} s left, {step.least:.0f} wanted")
         return
     try:
-        status, output = execute(step.command, log, limit, step.environment)
+        command = [part.replace(LIMIT, str(int(limit))) for part in step.command]
+        status, output = execute(command, log, limit, step.environment)
     except OSError as error:
         status, output = 127, f"{type(error).__name__}: {error}"
     said = re.findall(step.says, output, re.MULTILINE) if step.says else [last_lines(output, 1 if status == 0 else 3)]
@@ -273,10 +284,11 @@ def pack(session: Session, planned: list[Stage], out: Path) -> str:
 
 
 def main() -> int:
+    names = ", ".join(stage.name for stage in stages(Path(), rehearse=False))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for what comes back")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="an earlier call's --out")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="these alone, whatever they found before")
+    parser.add_argument("--stages", nargs="+", metavar="STAGE", help=f"of {names}: these alone, whatever they found")
     parser.add_argument("--seconds", type=float, default=570, help="end within this time (default 570)")
     parser.add_argument("--commit", help="what this tree is, where there is no git history")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny sizes")
@@ -289,7 +301,7 @@ def main() -> int:
     planned = stages(session.work, options.rehearse)
     unknown = set(options.stages or []) - {stage.name for stage in planned}
     if unknown:
-        parser.error(f"--stages: expected some of {', '.join(stage.name for stage in planned)}, got {sorted(unknown)}")
+        parser.error(f"--stages: expected some of {names}, got {sorted(unknown)}")
     try:
         if options.resume:
             resume(session, options.resume)

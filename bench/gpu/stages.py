@@ -1,7 +1,9 @@
 """What a GPU run consists of: a list of commands, the most wanted first.
 
-One visit fits 30 minutes in calls of 10: `seconds` are limits, not estimates, and what has no time left goes on in the
-next call or, with --resume, on the next machine.
+`seconds` are limits, not estimates; what has no time left goes on in the next call or, with --resume, on the next
+machine. Expected (predictions, on 16 cores): machine 25 s, build 50, smoke 25, correctness 110, op 180, first 60,
+counters 60: one call of 10 minutes with part of the tuning. The rest of a quarter of an hour tunes what the targets
+rest on; layer, model and numerics fill another.
 """
 
 import importlib.util
@@ -13,14 +15,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TO_BE_CONTINUED = 3
 """Exit status of a command that has done a part and goes on when it is called again."""
+LIMIT = "{seconds}"
 
 
 @dataclass(frozen=True)
 class Step:
     """A command with its time limit.
 
-    `unless` is Python that succeeds where there is nothing to do: it decides, not the state. `says` is a pattern that
-    the output of a success has, `needs` are tools on the PATH, `advisory` a step whose failure fails nothing.
+    In the command, `LIMIT` becomes the seconds that it has. `unless` is Python that succeeds where there is nothing to
+    do: it decides, not the state. `says` is a pattern that the output of a success has, `needs` are tools on the PATH,
+    `advisory` a step whose failure fails nothing.
     """
 
     name: str
@@ -134,11 +138,16 @@ def build(work: Path, rehearse: bool) -> Step:
 
 
 def correctness(rehearse: bool) -> list[Step]:
-    """The shared accuracy tests backend by backend, and every tile of the launch tables, against float64."""
+    """The shared accuracy tests backend by backend, and every tile of the launch tables, against float64.
+
+    All at once, so that one that hangs costs the others nothing: compiling fills 16 cores, two threads each.
+    """
+    few = {"workers": 4, "environment": {"OMP_NUM_THREADS": "2"}}
     if rehearse:
-        return [pytest("cpu", 120, "--backends", "cpu", ACCURACY, "-k", "130x1000r8-zero", workers=1)]
-    tiles = pytest("tiles", 180, "--backends", "triton", "tests/triton/test_kernels.py")
-    return [tiles, *(pytest(name, 180, "--backends", name, ACCURACY) for name in ("triton", "cuda", "reference"))]
+        return [pytest("cpu", 120, "--backends", "cpu", ACCURACY, "-k", "130x1000r8-zero", **few)]
+    tiles = pytest("tiles", 180, "--backends", "triton", "tests/triton/test_kernels.py", **few)
+    backends = ("triton", "cuda", "reference")
+    return [tiles, *(pytest(name, 180, "--backends", name, ACCURACY, **few) for name in backends)]
 
 
 def sanitize(rehearse: bool) -> list[Step]:
@@ -180,8 +189,9 @@ def stages(work: Path, rehearse: bool) -> list[Stage]:
     ]
     counters = Step("ncu", [*python, "bench.gpu.counters", "--work", str(work), *little], 150, 60,
                     needs=() if rehearse else ("ncu",))  # fmt: skip
-    tune = Step("tables", [*python, "bench.gpu.tune", "--out", str(work / "tune"), *little], 400, 60,
-                environment=interpreted)  # fmt: skip
+    tune = Step("tables", [*python, "bench.gpu.tune", "--out", str(work / "tune"), "--seconds", LIMIT, *little],
+                400, 140, environment=interpreted)  # fmt: skip
+    layer = benchmark("layer", work, rehearse)
     suite = ["tests/operators/test_reference.py"] if rehearse else ["tests", "-k", "not recipe and not bench"]
     on_cpu = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     few = ["-k", "2x1000r16"] if rehearse else []
@@ -197,11 +207,12 @@ def stages(work: Path, rehearse: bool) -> list[Stage]:
         Stage("machine", [Step("facts", [*python, "bench.gpu.machine", "--work", str(work), "--device", device], 90)]),
         Stage("build", [build(work, rehearse)]),
         Stage("smoke", smoke, together=True),
-        Stage("correctness", correctness(rehearse)),
+        Stage("correctness", correctness(rehearse), together=True),
         benchmark("op", work, rehearse),
+        Stage("first", layer.steps[:1]),  # the layer that all else is about; the stage `layer` finds it measured
         Stage("counters", [counters]),
         Stage("tune", [tune]),
-        benchmark("layer", work, rehearse),
+        layer,
         benchmark("model", work, rehearse),
         benchmark("numerics", work, rehearse),
         benchmark("host", work, rehearse),

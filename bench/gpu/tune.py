@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import torch
 
 from bench import op, timing
-from bench.gpu.stages import ROOT, TO_BE_CONTINUED
+from bench.gpu.stages import ROOT, TO_BE_CONTINUED, pytest
 from hra_kernels import reference
 from hra_kernels.backends import cuda as cuda_backend
 from hra_kernels.backends import triton as triton_backend
@@ -56,7 +56,8 @@ LEAST = tuning.LaunchConfig(16, 32, 1, 1)
 MOST = tuning.LaunchConfig(128, 512, 16, 5)
 WORTH = 0.97
 """A neighbor must take less than this share of the best time: below it is noise."""
-TILE_TESTS = ["tests/triton/test_kernels.py"]
+TEST_S = 90.0
+"""Kept back for the test of the new table, which compiles its tiles."""
 COMPILERS = 6
 """Processes that compile: other stages of bench.gpu.run use the machine's cores too."""
 
@@ -295,9 +296,10 @@ def put_in_place(text: str, architecture: str) -> bool:
     path = tuning.TABLES / f"{architecture}.json"
     before = path.read_text() if path.exists() else None
     path.write_text(text)
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "shipped_tiles", *TILE_TESTS]
-    if subprocess.run(tests, cwd=ROOT, timeout=240).returncode == 0:
-        return True
+    tests = pytest("", 0, "-k", "shipped_tiles", "tests/triton/test_kernels.py", workers=12).command
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if subprocess.run(tests, cwd=ROOT, timeout=TEST_S - 10).returncode == 0:
+            return True
     path.unlink() if before is None else path.write_text(before)
     return False
 
@@ -316,13 +318,14 @@ def jobs(rehearse: bool, with_slices: bool) -> list[tuple[tuple, tuple[int, int]
 def search_all(options: argparse.Namespace, planned: dict[str, tuple], log: dict[str, dict]) -> list[str]:
     """Search what `log` does not have, as far as the time goes; the names that are left."""
     device = "cpu" if options.rehearse else "cuda"
-    start, before = time.monotonic(), sum(entry["took"] for entry in log.values())
+    before = sum(entry["took"] for entry in log.values())
+    end = time.monotonic() + min(options.seconds - TEST_S, options.total - before)
     left = [name for name in planned if name not in log]
     with contextlib.ExitStack() as stack:
         pool = None
         if not options.rehearse:
             pool = stack.enter_context(ProcessPoolExecutor(COMPILERS, multiprocessing.get_context("spawn")))
-        while left and (spent := time.monotonic() - start) < options.seconds and before + spent < options.total:
+        while left and time.monotonic() < end:
             name = left.pop(0)
             key, shape = planned[name]
             begun = time.monotonic()
@@ -346,7 +349,7 @@ def search_all(options: argparse.Namespace, planned: dict[str, tuple], log: dict
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=240, help="stop, to be resumed, after this long")
+    parser.add_argument("--seconds", type=float, default=400, help="end, to be resumed, within this time")
     parser.add_argument("--total", type=float, default=240, help="of all calls together; then what is left stands")
     parser.add_argument("--most", type=int, default=24, help="measurements per shape")
     parser.add_argument("--rehearse", action="store_true", help="one tiny shape, in the interpreter, nothing in place")
@@ -371,11 +374,10 @@ def main() -> int:
     left = search_all(options, planned, log)
     architecture = tuning.architecture()
     text = table(log, architecture, None if options.rehearse else torch.cuda.get_device_name())
-    (options.out / "table" / f"{architecture}.json").write_text(text)
     if not options.rehearse and not put_in_place(text, architecture):
-        (options.out / "table" / f"{architecture}.json").unlink()
-        print("a tile of the new table fails its test: the present table stands")
+        print("a tile of the new table fails its test, or they take too long: the present table stands")
         return 1
+    (options.out / "table" / f"{architecture}.json").write_text(text)
     print(f"{len(planned) - len(left)} of {len(planned)} searched, {len(left)} left")
     return TO_BE_CONTINUED if left and sum(entry["took"] for entry in log.values()) < options.total else 0
 

@@ -16,7 +16,7 @@ from bench import __main__ as cli
 from bench import shapes
 from bench.gpu import build, counters
 from bench.gpu import run as gpu
-from bench.gpu.stages import ROOT, TO_BE_CONTINUED, Stage, Step, stages
+from bench.gpu.stages import LIMIT, ROOT, TO_BE_CONTINUED, Stage, Step, stages
 from bench.gpu.stages import pytest as gpu_pytest
 
 
@@ -48,11 +48,12 @@ def test_every_benchmark_command_is_one_the_benchmark_understands(level, rehears
 def test_the_order_and_the_limits(tmp_path):
     planned = stages(tmp_path, False)
     names = [stage.name for stage in planned]
-    wanted = ["build", "smoke", "correctness", "op", "counters", "tune", "layer", "model", "numerics"]
+    wanted = ["build", "smoke", "correctness", "op", "first", "counters", "tune", "layer", "model", "numerics"]
     assert [name for name in names if name in wanted] == wanted
     assert all(0 < step.seconds <= 400 for stage in planned for step in stage.steps)
-    smoke = next(stage for stage in planned if stage.name == "smoke")
+    smoke, correctness = (next(stage for stage in planned if stage.name == name) for name in ("smoke", "correctness"))
     assert smoke.together and all(step.seconds <= 60 for step in smoke.steps)
+    assert correctness.together  # one that hangs costs the others nothing
     sanitize = next(stage for stage in planned if stage.name == "sanitize")
     assert {step.name.split()[0] for step in sanitize.steps if step.advisory} == {"racecheck"}
     assert {step.name.split()[0] for step in sanitize.steps if not step.advisory} == {"memcheck", "synccheck"}
@@ -272,6 +273,34 @@ def test_the_table_of_an_architecture_is_written_and_read(monkeypatch, tmp_path)
     for width in (*tune.WIDTHS, 20000):
         expected = 2048 if width == 4096 else tuning.select_slice("forward", 8, width)
         assert next(size for most_d, size in slices["forward", 8] if most_d >= width) == expected
+
+
+@pytest.mark.parametrize("outcome", ["right", "wrong", "hangs"])
+def test_a_table_stays_in_place_only_if_its_tiles_pass_in_time(outcome, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from bench.gpu import tune
+
+    def tests(command, timeout, **_):
+        assert "shipped_tiles" in command and timeout < tune.TEST_S and path.read_text() == "new"
+        if outcome == "hangs":
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, int(outcome == "wrong"))
+
+    path = tmp_path / "sm_90.json"
+    path.write_text("old")
+    monkeypatch.setattr(tune.tuning, "TABLES", tmp_path)
+    monkeypatch.setattr(subprocess, "run", tests)
+    assert tune.put_in_place("new", "sm_90") is (outcome == "right")
+    assert path.read_text() == ("new" if outcome == "right" else "old")
+
+
+def test_tuning_is_told_how_long_it_has(session, tmp_path):
+    planned = stages(tmp_path, False)
+    (tune,) = next(stage for stage in planned if stage.name == "tune").steps
+    assert tune.command[tune.command.index("--seconds") + 1] == LIMIT
+    session.deadline = time.monotonic() + gpu.MARGIN_S + 20
+    step = Step("tell", [sys.executable, "-c", "import sys; print(sys.argv)", LIMIT], 300, least=1)
+    assert int(run(session, step)["stage/tell"]["summary"].split("'")[-2]) in range(10, 21)
 
 
 def test_a_rank_takes_the_smallest_line_that_serves_it():
