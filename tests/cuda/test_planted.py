@@ -121,6 +121,8 @@ def check_ragged(module):
         check_every_schedule(module, emulation.backend(module), (33, 301, 13, None), torch.float16)
 
 
+NEVER_SENT = "a message that is never sent"
+
 # (file that is changed, unit that is compiled, what stands there, what is planted, the check that must fail)
 MUTANTS = {
     "cluster writes before it has met": (
@@ -138,6 +140,10 @@ MUTANTS = {
     ),
     "messages read before they are there": (
         "cluster.h", "cluster_bwd.cu", "mailbox_wait(mailbox, turn / 2 % 2);", "", check_reflections,
+    ),
+    NEVER_SENT: (
+        "cluster.h", "cluster_fwd.cu", "send_in_cluster(", "if (to != 0 || rank != 1) send_in_cluster(",
+        check_reflections,
     ),
     "the other phase awaited": ("cluster.h", "cluster_fwd.cu", "turn / 2 % 2)", "turn % 2)", check_reflections),
     "x read before it is there": (
@@ -214,5 +220,6 @@ def test_planted_bug_breaks_the_checks(objects, tmp_path, bug):
     options = ["-w", "-fPIC", "-fvisibility=hidden", "-c", str(csrc / "cuda" / unit), "-o", str(tmp_path / "unit.o")]
     subprocess.run([*COMPILER, *options], check=True)
     subprocess.run(["c++", "-shared", str(tmp_path / "unit.o"), *others, "-o", str(module)], check=True)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError)) as caught:
         checks(emulation.load(module))
+    assert bug != NEVER_SENT or "waits at a mailbox" in str(caught.value)  # a hang, on a GPU
