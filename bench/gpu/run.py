@@ -240,9 +240,10 @@ def benchmark_lines(path: Path) -> list[str]:
         found = [f"{row['label']} {row['ratio']['median']:.3f}" for row in run["rows"] if "ratio" in row]
         bounds = [f"{row['label']} {100 * row['of_bound']:.0f} %" for row in run["rows"] if "of_bound" in row]
         values = [f"{row['label']} {row['values']}" for row in run["rows"] if "values" in row]
+        times = [f"{row['label']} {1e6 * row['seconds']['median']:.0f} us" for row in run["rows"] if "seconds" in row]
         wrong = [f"{row['label']}: {row['why'][:70]}" for row in run["rows"] if row.get("why")]
         settings = " ".join(f"{key} {run['case'][key]}" for key in ("dtype", "rank") if run["case"].get(key))
-        lines.append(f"- {run['case']['name']} {settings}: " + "; ".join((bounds or found or values) + wrong))
+        lines.append(f"- {run['case']['name']} {settings}: " + "; ".join((bounds or found or values or times) + wrong))
     return lines
 
 
@@ -257,7 +258,8 @@ def verdict(session: Session, planned: list[Stage]) -> str:
             parts.append(f"- **{stage.name}/{step.name}**: {entry['status']}{seconds}. {entry.get('summary', '')}")
     for path in sorted((session.work / "results").glob("*.json")):
         lines = benchmark_lines(path)
-        meaning = {"op": "share of the copy bound", "numerics": "values"}.get(path.stem, "time over the frozen layer's")
+        meanings = {"op": "share of the copy bound", "numerics": "values", "host": "time"}
+        meaning = meanings.get(path.stem, "time over the frozen layer's")
         parts += ["", f"## {path.stem}: {meaning}", "", *lines]
     counters = session.work / "results" / "counters.txt"
     if counters.exists():

@@ -127,7 +127,8 @@ def pytest(name: str, seconds: float, *arguments: str, workers: int = 8, each: i
             command += [f"--timeout={each}", "--timeout-method=thread"]
     if importlib.util.find_spec("xdist") and workers > 1:
         command += ["-n", str(min(workers, os.cpu_count() or 1))]
-    return Step(name, [*command, *arguments], seconds, says=r"^.*\d+ passed.*$", **options)
+    says = r"^.*\d+ passed.*$|Timeout \(\d.*$|^.* in test_\w+$"
+    return Step(name, [*command, *arguments], seconds, says=says, **options)
 
 
 def build(work: Path, rehearse: bool) -> Step:
