@@ -8,13 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("peft")
 
 from bench import __main__ as cli
 from bench import shapes
-from bench.gpu import build, counters
+from bench.gpu import build, counters, machine
 from bench.gpu import run as gpu
 from bench.gpu.stages import LIMIT, ROOT, TO_BE_CONTINUED, Stage, Step, stages
 from bench.gpu.stages import pytest as gpu_pytest
@@ -80,6 +81,14 @@ def test_a_test_that_hangs_ends_its_process(session, tmp_path):
     found = run(session, step)["stage/hang"]
     assert found["status"] == "failed" and found["seconds"] < 30
     assert "Timeout (" in found["summary"] and "in test_hang" in found["summary"]
+
+
+def test_the_facts_name_triton_and_every_assembler_that_it_brings():
+    """Some releases have made wrong code."""
+    pytest.importorskip("triton")
+    found = machine.facts(torch.device("cpu"))
+    versions = found["assemblers"]
+    assert found["triton"] and "ptxas" in versions and all(text.startswith("V") for text in versions.values())
 
 
 def ended(pid: str) -> bool:
