@@ -5,7 +5,8 @@ and `triton_factor`, tile sizes in `tuning`. With TRITON_INTERPRET=1 in the envi
 tensors, through the interpreter of Triton.
 
 A chain's backward is three launches up to 32 columns: what its u needs rides along in programs of its own, so that a
-layer's training step is four. Otherwise the factor's backward is three launches beside those of `reflect_bwd`.
+layer's training step is four (six in 16 bits with more than 16 columns). Otherwise the factor's backward is three
+launches beside those of `reflect_bwd`.
 """
 
 import functools
@@ -99,7 +100,7 @@ class TritonBackend(Backend):
     def chain_bwd(
         self, dy: Tensor, x: Tensor, u: Tensor, v: Tensor, t: Tensor, p: Tensor, transpose: bool, apply_gs: bool
     ) -> tuple[Tensor, Tensor]:
-        """Three launches up to 32 columns."""
+        """Three launches up to 32 columns, four in 16 bits with more than 16."""
         if apply_gs or v.shape[0] > triton_reflect.FUSED_BACKWARD_RANK or dy.numel() == 0 or v.numel() == 0:
             return super().chain_bwd(dy, x, u, v, t, p, transpose, apply_gs)
         return triton_reflect.chain_bwd(dy, x, u, v, t, p, transpose)

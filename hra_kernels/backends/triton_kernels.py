@@ -12,7 +12,10 @@ Precision: 16-bit x is multiplied as it is; v and s = p m are pairs hi + lo of 1
 
     SPLIT = 0  float32 x: float32 operands, three-pass tf32 or ieee (PRECISION)
     SPLIT = 1  16-bit x, R <= 8: one tile of 16 rows holds [hi | lo], where the matrix units would have padding
-    SPLIT = 2  16-bit x, R > 8: one product for each of hi and lo
+    SPLIT = 2  16-bit x, R <= 16: one product for each of hi and lo
+    SPLIT = 3  16-bit x, R > 16: the same, but v_ptr is what `halves_kernel` has made of v. Loops that split v in
+               registers leave none for tiles of a useful size; halves go from memory to the matrix units as they are.
+               A launch more takes longer than what it would save up to 16 columns.
 
 Where no operand is x, y or a gradient, the pairs are bfloat16 also for float16 tensors: s spans more than float16 does.
 Where one is, float16 operands are scaled by powers of two, which is exact.
@@ -56,21 +59,42 @@ def _fold(a, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _times_rows(x, v, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x vᵀ for x [BLOCK_M, BLOCK_D] in its own dtype and v [BLOCK_R, BLOCK_D] float32"""
+def _bfloat16_halves(halves_ptr, R, D):
+    """Those of v's halves that meet no x, y or gradient; of v itself, v"""
+    if halves_ptr.dtype.element_ty == tl.float16:
+        return (halves_ptr + 2 * tl.cast(R, tl.int64) * D).to(tl.pointer_type(tl.bfloat16), bitcast=True)
+    else:
+        return halves_ptr
+
+
+@triton.jit
+def _load_v(v_ptrs, R, D, mask, SPLIT: tl.constexpr):
+    """(hi, lo) of a tile with SPLIT = 3, else the tile twice"""
+    v = tl.load(v_ptrs, mask, other=0.0)
+    if SPLIT == 3:
+        return v, tl.load(v_ptrs + tl.cast(R, tl.int64) * D, mask, other=0.0)
+    else:
+        return v, v
+
+
+@triton.jit
+def _times_rows(x, v, lo, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x vᵀ for x [BLOCK_M, BLOCK_D] in its own dtype, and v and lo [BLOCK_R, BLOCK_D] of `_load_v`, scaled"""
     if SPLIT == 0:
         return tl.dot(x, tl.trans(v), acc, input_precision=PRECISION)
     elif SPLIT == 1:
         return tl.dot(x, tl.trans(_packed(v, is_hi[:, None], x.dtype)), acc)
     else:
-        hi, lo = _split(v, x.dtype)
+        hi = v
+        if SPLIT == 2:
+            hi, lo = _split(v, x.dtype)
         acc = tl.dot(x, tl.trans(lo), acc)
         return tl.dot(x, tl.trans(hi), acc)
 
 
 @triton.jit
-def _combine_rows(s, v, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + s v for s [BLOCK_M, BLOCK_R] and v [BLOCK_R, BLOCK_D], both float32; with SPLIT = 1 s repeats itself"""
+def _combine_rows(s, v, lo, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + s v for s [BLOCK_M, BLOCK_R] float32, which repeats itself with SPLIT = 1, and v and lo of `_load_v`"""
     if SPLIT == 0:
         return tl.dot(s, v, acc, input_precision=PRECISION)
     elif SPLIT == 1:
@@ -80,7 +104,9 @@ def _combine_rows(s, v, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr
         return tl.dot(s_hi, packed, acc)
     else:
         s_hi, s_lo = _split(s, tl.bfloat16)
-        v_hi, v_lo = _split(v, tl.bfloat16)
+        v_hi, v_lo = v, lo
+        if SPLIT == 2:
+            v_hi, v_lo = _split(v, tl.bfloat16)
         acc = tl.dot(s_lo, v_hi, acc)
         acc = tl.dot(s_hi, v_lo, acc)
         return tl.dot(s_hi, v_hi, acc)
@@ -88,7 +114,7 @@ def _combine_rows(s, v, is_hi, acc, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def _project(
-    x_ptr, v_ptr, row_offsets, mask_m, D, R,
+    x_ptr, v_ptr, v_rows, row_offsets, mask_m, D, R,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr, V_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -99,9 +125,33 @@ def _project(
         offs_d = d0 + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         x = tl.load(x_ptr + row_offsets[:, None] + offs_d[None, :], mask_m[:, None] & mask_d[None, :], other=0.0)
-        v = tl.load(v_ptr + (offs_r * D)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], other=0.0)
-        acc = _times_rows(x, v * V_SCALE, is_hi, acc, SPLIT, PRECISION)
+        v_ptrs = v_ptr + (offs_r * D)[:, None] + offs_d[None, :]
+        v, lo = _load_v(v_ptrs, v_rows, D, mask_r[:, None] & mask_d[None, :], SPLIT)
+        if SPLIT != 3:
+            v = v * V_SCALE
+        acc = _times_rows(x, v, lo, is_hi, acc, SPLIT, PRECISION)
     return acc * (1.0 / V_SCALE)
+
+
+@triton.jit
+def halves_kernel(
+    halves_ptr, v_ptr,    # (2 or 4, R, D) 16 bits, (R, D) float32
+    R, D,
+    V_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """hi and lo of V_SCALE v; for float16 tensors those of v in bfloat16 behind them."""
+    size = tl.cast(R, tl.int64) * D
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    v = tl.load(v_ptr + offs, mask, other=0.0)
+    hi, lo = _split(v * V_SCALE, halves_ptr.dtype.element_ty)
+    tl.store(halves_ptr + offs, hi, mask)
+    tl.store(halves_ptr + size + offs, lo, mask)
+    if halves_ptr.dtype.element_ty == tl.float16:
+        pairs_ptr = _bfloat16_halves(halves_ptr, R, D)
+        hi, lo = _split(v, tl.bfloat16)
+        tl.store(pairs_ptr + offs, hi, mask)
+        tl.store(pairs_ptr + size + offs, lo, mask)
 
 
 @triton.jit
@@ -111,6 +161,17 @@ def _load_m(m_ptr, stride_mi, stride_mj, offs_i, mask_i, offs_j, mask_j):
     return tl.load(m_ptr + offsets, mask_i[:, None] & mask_j[None, :], other=0.0)
 
 
+@triton.jit
+def _row_blocks(M, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):
+    """(first, end, step) of a program's blocks of rows. With SPLIT = 3 it has one: a loop over several holds what they
+    have in common, m's addresses above all, in registers, and R = 64 spills."""
+    pid = tl.program_id(0)
+    if SPLIT == 3:
+        return pid, pid + 1, 1
+    else:
+        return pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)
+
+
 @triton.jit(do_not_specialize=["M"])
 def reflect_kernel(
     y_ptr, p_ptr, x_ptr, v_ptr, m_ptr,    # (M, D) (M, R) (M, D) (R, D) (R, R)
@@ -118,14 +179,16 @@ def reflect_kernel(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLIT: tl.constexpr,
     V_SCALE: tl.constexpr, PRECISION: tl.constexpr, NEED_P: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = x - (x vᵀ) m v and p = x vᵀ for R <= BLOCK_R. The grid holds as many row blocks as L2 does, or all."""
+    """y = x - (x vᵀ) m v and p = x vᵀ for R <= BLOCK_R. Up to 16 columns the grid holds as many row blocks as L2."""
     offs_r, mask_r, is_hi = _rank_offsets(R, BLOCK_R, SPLIT)
+    pairs_ptr = _bfloat16_halves(v_ptr, R, D)
     num_d = tl.cdiv(D, BLOCK_D)
-    for block in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    first, end, step = _row_blocks(M, BLOCK_M, SPLIT)
+    for block in range(first, end, step):
         offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         p = _project(
-            x_ptr, v_ptr, offs_m * stride_xm, mask_m, D, R,
+            x_ptr, v_ptr, R, offs_m * stride_xm, mask_m, D, R,
             BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
         )  # fmt: skip
         # the columns of p repeat themselves with SPLIT = 1, so do rows and columns of m: the product adds the halves
@@ -144,10 +207,11 @@ def reflect_kernel(
             offs_d = (num_d - 1 - i) * BLOCK_D + tl.arange(0, BLOCK_D)
             mask_d = offs_d < D
             mask = mask_m[:, None] & mask_d[None, :]
-            v = tl.load(v_ptr + (offs_r * D)[:, None] + offs_d[None, :], mask_r[:, None] & mask_d[None, :], other=0.0)
+            v_ptrs = pairs_ptr + (offs_r * D)[:, None] + offs_d[None, :]
+            v, lo = _load_v(v_ptrs, R, D, mask_r[:, None] & mask_d[None, :], SPLIT)
             x_ptrs = x_ptr + (offs_m * stride_xm)[:, None] + offs_d[None, :]
             x = tl.load(x_ptrs, mask, other=0.0, eviction_policy="evict_first")
-            acc = _combine_rows(s, v, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
+            acc = _combine_rows(s, v, lo, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
             y = (x.to(tl.float32) - acc).to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + (offs_m * stride_ym)[:, None] + offs_d[None, :], y, mask, eviction_policy="evict_first")
 
@@ -169,7 +233,7 @@ def project_kernel(
     mask_m = offs_m < M
     offs_r, mask_r, _ = _rank_offsets(R - r0, BLOCK_R, SPLIT)
     p = _project(
-        x_ptr, v_ptr + r0.to(tl.int64) * D, offs_m * stride_xm, mask_m, D, R - r0,
+        x_ptr, v_ptr + r0.to(tl.int64) * D, R, offs_m * stride_xm, mask_m, D, R - r0,
         BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
     )  # fmt: skip
     if SPLIT == 1:
@@ -192,11 +256,12 @@ def backward_rows_kernel(
     offs_k = tl.arange(0, BLOCK_R)
     mask_k = offs_k < R
     acc_dm = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
-    for block in range(pid, tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
+    first, end, step = _row_blocks(M, BLOCK_M, SPLIT)
+    for block in range(first, end, step):
         offs_m = tl.cast(block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         q = _project(
-            dy_ptr, v_ptr, offs_m * stride_dym, mask_m, D, R,
+            dy_ptr, v_ptr, R, offs_m * stride_dym, mask_m, D, R,
             BLOCK_M, BLOCK_D, BLOCK_R, SPLIT, V_SCALE, PRECISION,
         )  # fmt: skip
         offsets = (offs_m * R)[:, None] + offs_k[None, :]
@@ -254,8 +319,9 @@ def _backward_columns(
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     offs_r, mask_r, is_hi = _rank_offsets(R - r0, BLOCK_R, SPLIT)
+    pairs_ptr = _bfloat16_halves(v_ptr, R, D)
     v_offsets = ((r0 + offs_r) * D)[:, None] + offs_d[None, :]
-    v = tl.load(v_ptr + v_offsets, mask_r[:, None] & mask_d[None, :], other=0.0)
+    v, lo = _load_v(pairs_ptr + v_offsets, R, D, mask_r[:, None] & mask_d[None, :], SPLIT)
     acc_dv = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     start = split.to(tl.int64) * rows_per_split
     end = tl.minimum(start + rows_per_split, M)
@@ -276,7 +342,7 @@ def _backward_columns(
         if NEED_DX:
             r_offsets = (offs_m * R)[:, None] + (r0 + offs_r)[None, :]
             qm = tl.load(qm_ptr + r_offsets, mask_m[:, None] & mask_r[None, :], other=0.0)
-            acc = _combine_rows(qm, v, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
+            acc = _combine_rows(qm, v, lo, is_hi, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), SPLIT, PRECISION)
             dx = (dy.to(tl.float32) - acc).to(dx_ptr.dtype.element_ty)
             dx_ptrs = dx_ptr + (offs_m * stride_dxm)[:, None] + offs_d[None, :]
             tl.store(dx_ptrs, dx, mask, eviction_policy="evict_first")
@@ -339,14 +405,15 @@ def combine_kernel(
     mask_m = offs_m < M
     offs_d = tl.program_id(0) % num_d * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
+    pairs_ptr = _bfloat16_halves(v_ptr, R, D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for r0 in range(0, R, BLOCK_R):
         offs_r, mask_r, is_hi = _rank_offsets(R - r0, BLOCK_R, SPLIT)
         s_offsets = (offs_m * R)[:, None] + (r0 + offs_r)[None, :]
         s = tl.load(s_ptr + s_offsets, mask_m[:, None] & mask_r[None, :], other=0.0)
         v_offsets = ((r0 + offs_r) * D)[:, None] + offs_d[None, :]
-        v = tl.load(v_ptr + v_offsets, mask_r[:, None] & mask_d[None, :], other=0.0)
-        acc = _combine_rows(s, v, is_hi, acc, SPLIT, PRECISION)
+        v, lo = _load_v(pairs_ptr + v_offsets, R, D, mask_r[:, None] & mask_d[None, :], SPLIT)
+        acc = _combine_rows(s, v, lo, is_hi, acc, SPLIT, PRECISION)
     mask = mask_m[:, None] & mask_d[None, :]
     x = tl.load(x_ptr + (offs_m * stride_xm)[:, None] + offs_d[None, :], mask, other=0.0)
     y = (x.to(tl.float32) - acc).to(y_ptr.dtype.element_ty)

@@ -1,8 +1,8 @@
 """Launches of `triton_kernels`: reflections and their gradients.
 
 Forward and dx are one launch up to 64 columns, three above. A backward is two launches up to 32 columns, five up to 64,
-six above, one more where partial sums have to be added up. Nothing is specialized on M: a new batch size compiles
-nothing.
+six above, one more where partial sums have to be added up. In 16 bits and with more than 16 columns, each of these
+takes one more launch, for the halves of v. Nothing is specialized on M: a new batch size compiles nothing.
 """
 
 import functools
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 def _mode(dtype: torch.dtype, R: int) -> dict[str, object]:
     """The constants every kernel of `triton_kernels` takes, explained there."""
-    split = 0 if dtype == torch.float32 else 1 if R <= 8 else 2
+    split = 0 if dtype == torch.float32 else 1 if R <= 8 else 2 if R <= 16 else 3
     block_r = power_of_two_above(R, 16) if R <= FUSED_RANK else FUSED_RANK
     return {"BLOCK_R": block_r, "SPLIT": split, "PRECISION": float32_precision()}
 
@@ -75,6 +75,18 @@ def _launch(
     tiles = {"BLOCK_M": config.block_m, "BLOCK_D": config.block_d} | options
     kernel = getattr(triton_launch.kernels(), name)
     return Launch(kernel, grid, tensors, sizes | arguments | _mode(rows.dtype, rows.R) | tiles)
+
+
+def _halves(rows: Rows, v: str = "v") -> tuple[str, list[Launch], dict[str, tuple]]:
+    """What kernels are to read a v from, and the launch and the scratch that it takes, if any."""
+    if _mode(rows.dtype, rows.R)["SPLIT"] != 3:
+        return v, [], {}
+    name, kernel = f"{v}_halves", triton_launch.kernels().halves_kernel
+    arguments = {"R": rows.R, "D": rows.D, "V_SCALE": v_scale(rows.dtype), "BLOCK": tuning.HALVES_BLOCK, "num_warps": 4}
+    grid = (cdiv(rows.R * rows.D, tuning.HALVES_BLOCK),)
+    parts = 4 if rows.dtype == torch.float16 else 2
+    scratch = {name: ((parts, rows.R, rows.D), rows.dtype)}
+    return name, [Launch(kernel, grid, {"halves_ptr": name, "v_ptr": v}, arguments)], scratch
 
 
 # --- more columns than a tile holds -----------------------------------------------------------------------------------
@@ -121,11 +133,11 @@ def _project(p: str, x: str, v: str, rows: Rows, stride_xm: int) -> Launch:
     return _launch("project_kernel", config, grid, rows, tensors, stride_xm=stride_xm, V_SCALE=v_scale(rows.dtype))
 
 
-def _combine(y: str, x: str, s: str, rows: Rows, stride_xm: int) -> Launch:
+def _combine(y: str, x: str, s: str, v: str, rows: Rows, stride_xm: int) -> Launch:
     """y = x - s v"""
     config = _config("combine", rows)
     grid = (cdiv(rows.D, config.block_d) * cdiv(rows.M, config.block_m),)
-    tensors = {"y_ptr": y, "x_ptr": x, "s_ptr": s, "v_ptr": "v"}
+    tensors = {"y_ptr": y, "x_ptr": x, "s_ptr": s, "v_ptr": v}
     return _launch("combine_kernel", config, grid, rows, tensors, stride_ym=rows.D, stride_xm=stride_xm)
 
 
@@ -160,24 +172,27 @@ def _reflect_plan(rows: tuple, stride_xm: int, t_strides: tuple[int, int], trans
     """Of y, p if needed, x, v and t."""
     rows = Rows(*rows)  # here, once: to make them takes as long as to find a plan
     M, _, R, _, device = rows
+    v, launches, scratch = _halves(rows)
     if R > FUSED_RANK:
         p, m = Matrix("p", M, R, (R, 1)), _m(rows, t_strides, transpose)
-        launches = [
-            _project("p", "x", "v", rows, stride_xm),
+        launches += [
+            _project("p", "x", v, rows, stride_xm),
             _product("s", p, m),
-            _combine("y", "x", "s", rows, stride_xm),
+            _combine("y", "x", "s", v, rows, stride_xm),
         ]
         names = ("s",) if need_p else ("s", "p")
-        return Launches(device, launches, {name: ((M, R), torch.float32) for name in names})
+        return Launches(device, launches, scratch | {name: ((M, R), torch.float32) for name in names})
     config = _config("reflect", rows)
-    programs = min(cdiv(M, config.block_m), _most_row_blocks(rows, config.block_m))
-    tensors = {"y_ptr": "y", "p_ptr": "p" if need_p else "y", "x_ptr": "x", "v_ptr": "v", "m_ptr": "t"}
+    programs = cdiv(M, config.block_m)
+    if not launches:
+        programs = min(programs, _most_row_blocks(rows, config.block_m))
+    tensors = {"y_ptr": "y", "p_ptr": "p" if need_p else "y", "x_ptr": "x", "v_ptr": v, "m_ptr": "t"}
     launch = _launch(
         "reflect_kernel", config, (programs,), rows, tensors,
         stride_ym=rows.D, stride_xm=stride_xm, **_m_strides(t_strides, transpose),
         V_SCALE=v_scale(rows.dtype), NEED_P=need_p, STAGES=config.num_stages,
     )  # fmt: skip
-    return Launches(device, [launch], {})
+    return Launches(device, [*launches, launch], scratch)
 
 
 def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> tuple[Tensor, Tensor | None]:
@@ -200,15 +215,17 @@ def reflect(x: Tensor, v: Tensor, t: Tensor, transpose: bool, need_p: bool) -> t
 
 
 def _rows_bwd(
-    rows: Rows, stride_dym: int, t_strides: tuple[int, int], transpose: bool, v: str = "v"
+    rows: Rows, stride_dym: int, t_strides: tuple[int, int], transpose: bool, v: str
 ) -> tuple[list[Launch], dict[str, tuple]]:
-    """q mᵀ and s = p m (M, R) for q = dy vᵀ, and dt (parts, R, R), from dy, v, t and p; and their scratch."""
+    """q mᵀ and s = p m (M, R) for q = dy vᵀ, and dt (parts, R, R), from dy, v of `_halves`, t, p; and their scratch."""
     M, _, R, dtype, _ = rows
     scratch = {name: ((M, R), torch.float32) for name in ("qm", "s")}
     stride_ti, stride_tj = (1, R) if transpose else (R, 1)
     if R <= FUSED_BACKWARD_RANK:
         config = _config("backward_rows", rows)
-        parts = min(cdiv(M, config.block_m), tuning.ROW_PROGRAMS)
+        parts = cdiv(M, config.block_m)
+        if _mode(dtype, R)["SPLIT"] != 3:
+            parts = min(parts, tuning.ROW_PROGRAMS)
         tensors = {
             "qm_ptr": "qm", "s_ptr": "s", "dt_ptr": "dt_parts", "dy_ptr": "dy", "v_ptr": v, "p_ptr": "p",
             "m_ptr": "t",
@@ -241,7 +258,7 @@ def _column_splits(rows: Rows, block_m: int, block_d: int) -> tuple[int, int]:
 
 def _columns_bwd(
     rows: Rows, stride_dym: int, stride_xm: int, u_strides: tuple[int, int] | None, dt_parts_count: int,
-    need_dx: bool,
+    need_dx: bool, v: str,
 ) -> tuple[Launch, tuple[int, int, int]]:  # fmt: skip
     """dx if needed, and dv = -(sᵀ dy + qmᵀ x) (parts, R, D), whose shape comes back too.
 
@@ -252,7 +269,7 @@ def _columns_bwd(
     rows_per_split, splits = _column_splits(rows, config.block_m, config.block_d)
     chain = u_strides is not None
     tensors = {
-        "dx_ptr": "dx" if need_dx else "x", "dv_ptr": "dv_parts", "dy_ptr": "dy", "x_ptr": "x", "v_ptr": "v",
+        "dx_ptr": "dx" if need_dx else "x", "dv_ptr": "dv_parts", "dy_ptr": "dy", "x_ptr": "x", "v_ptr": v,
         "qm_ptr": "qm", "s_ptr": "s",
     }  # fmt: skip
     of_chain = {"ds_ptr": "ds", "scale_ptr": "scale", "phi_ptr": "phi", "u_ptr": "u"}
@@ -275,12 +292,13 @@ def _bwd_parts(
     transpose: bool,
 ) -> tuple[list[Launch], dict[str, tuple]]:  # fmt: skip
     """dx, and dv and dt in parts, which are in the scratch."""
-    launches, scratch = _rows_bwd(rows, stride_dym, t_strides, transpose)
+    v, halves, halves_scratch = _halves(rows)
+    launches, scratch = _rows_bwd(rows, stride_dym, t_strides, transpose, v)
     if rows.R > FUSED_RANK:
-        launches.append(_combine("dx", "dy", "qm", rows, stride_dym))
+        launches.append(_combine("dx", "dy", "qm", v, rows, stride_dym))
     parts = scratch["dt_parts"][0][0]
-    columns, shape = _columns_bwd(rows, stride_dym, stride_xm, u_strides, parts, need_dx=rows.R <= FUSED_RANK)
-    return [*launches, columns], scratch | {"dv_parts": (shape, torch.float32)}
+    columns, shape = _columns_bwd(rows, stride_dym, stride_xm, u_strides, parts, rows.R <= FUSED_RANK, v)
+    return [*halves, *launches, columns], halves_scratch | scratch | {"dv_parts": (shape, torch.float32)}
 
 
 def _with_sums(rows: Rows, launches: list[Launch], scratch: dict[str, tuple]) -> Launches:
@@ -364,11 +382,14 @@ def chain_bwd(
 @planned
 def _weight_side_plan(rows: Rows, stride_dxm: int, stride_xm: int, t_strides: tuple[int, int]) -> Launches:
     """Of dv, dt, dy, which is dx, x, v, v Q and t."""
-    launches, scratch = _rows_bwd(rows, stride_dxm, t_strides, True, v="vq")
-    parts = scratch["dt_parts"][0][0]
-    columns, shape = _columns_bwd(rows, stride_dxm, stride_xm, None, parts, need_dx=False)
+    (v, launches, scratch), (vq, of_vq, scratch_of_vq) = _halves(rows), _halves(rows, "vq")
+    of_rows, scratch_of_rows = _rows_bwd(rows, stride_dxm, t_strides, True, vq)
+    parts = scratch_of_rows["dt_parts"][0][0]
+    columns, shape = _columns_bwd(rows, stride_dxm, stride_xm, None, parts, False, v)
+    scratch |= scratch_of_vq | scratch_of_rows
     scratch |= {"p": ((rows.M, rows.R), torch.float32), "dv_parts": (shape, torch.float32)}
-    return _with_sums(rows, [_project("p", "x", "v", rows, stride_xm), *launches, columns], scratch)
+    launches += [_project("p", "x", v, rows, stride_xm), *of_vq, *of_rows, columns]
+    return _with_sums(rows, launches, scratch)
 
 
 def weight_side_bwd(dx: Tensor, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

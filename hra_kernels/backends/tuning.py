@@ -15,6 +15,9 @@ The reasoning behind the tiles, for an H100 (132 multiprocessors, 50 MB of L2, 3
   * a program reads all of v (4 R D bytes) in each sweep, from L2: with R = 8 as many bytes as 16 rows of bfloat16 x, so
     a larger block_m halves that traffic; L2 gives about twice what device memory does. Reading each row once and
     making [hi | lo] of it on chip was tried: 20 % fewer bytes, but 40 % more instructions, in 4-byte stores;
+  * above 16 columns 16-bit kernels read halves of v that a launch of its own has made: as many bytes as v, but nothing
+    is converted in the sweeps, and no tile of float32 v is in registers. Each program has one block of rows: addresses
+    that a loop over blocks holds were 60 to 120 registers. 64 rows of x are then as many bytes as v at R = 32;
   * few rows are few programs: the smallest block_m, and wide tiles for fewer steps, because latency is all there is;
   * a tile of x, its float32 update and v's two halves live in 255 registers per thread;
   * `backward_rows` sweeps once, so L2 does not limit its rows: 64 of them, for v's sake; in `backward_columns` a strip
@@ -85,14 +88,16 @@ PRODUCT_CONFIG = LaunchConfig(64, 32, 8, 3)
 """`product_kernel`: tiles of 64 x 64, 32 of the inner axis per step; 4 warps spill on sm_80, 2 stages on sm_100."""
 
 L2_SHARE = 0.75
-"""Of L2, for the rows of x between `reflect_kernel`'s two sweeps; v, p and y, which leaves first, take the rest."""
+"""Of L2, for the rows of x between `reflect_kernel`'s two sweeps; v, p and y, which leaves first, take the rest. Not
+kept to by 16-bit kernels for more than 16 columns, which take all row blocks at once."""
 
 COLUMN_PROGRAMS = 1024
 """Programs `backward_columns_kernel` is divided into: 4 waves of 2 per multiprocessor. Their dv partials are 4 MB at
 R = 8, D = 4096, where M = 8192 rows of x, dy and dx are 201 MB. Constant, so that sums have one order on every GPU."""
 
 ROW_PROGRAMS = 512
-"""Most programs of `backward_rows_kernel`, each of which leaves R x R partial sums."""
+"""Most programs of `backward_rows_kernel`, each of which leaves R x R partial sums; beyond 16 columns, 16-bit kernels
+have one for each block of rows (at D = 4096 and R = 32 their sums are 1 % of x)."""
 
 GRAM_BLOCK_D = 16
 """`gram_kernel`: 16 x 16 x 16 float64 products per step, 16 per thread of 8 warps; 32 per thread spill on sm_120."""
@@ -105,6 +110,9 @@ SCALE_BLOCK_D = 1024
 
 SCALE_PAIRS = 1
 """Pairs of columns per program of `scale_rows_kernel`: all of them side by side, whose steps are latency alone."""
+
+HALVES_BLOCK = 1024
+"""`halves_kernel`: 8 elements per thread, which it stores as 16 bytes."""
 
 SUM_BLOCK = 512
 """`sum_kernel`: 16 bytes per thread and load."""

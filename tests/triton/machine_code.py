@@ -201,6 +201,9 @@ class Compiled:
             found.append(f"{self.transposed} products take another one's result, transposed in registers")
         if self.launch.is_16_bit():  # arithmetic binds the others
             found += [problem for loop in self.loops for problem in loop.problems()]
+            many = dict(self.launch.constants).get("BLOCK_R", 0) > 16
+            if many and self.launch.kernel in SWEEPS and any(len(loop.conversions) > 1 for loop in self.loops):
+                found.append("v is split in the loop")  # the one conversion is y's
         return found
 
 
@@ -208,6 +211,9 @@ MATRIX_KERNELS = {
     "reflect_kernel", "project_kernel", "backward_rows_kernel", "backward_columns_kernel", "combine_kernel",
     "product_kernel",
 }  # fmt: skip
+
+SWEEPS = {"reflect_kernel", "project_kernel", "backward_rows_kernel"}
+"""Their loops read v, which beyond 16 columns comes in halves."""
 
 
 def _disassemble(cubin: bytes) -> tuple[str, int, int]:

@@ -275,6 +275,18 @@ def test_shipped_tiles(line, shipped_tiles, monkeypatch):
     assert_accurate(reflect_all(TRITON, x, dy, v, t, False), naive_results, exact, dtype, R)
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES[1:], ids=name_of)
+def test_halves(dtype):
+    """hi and lo of v hold 16 bits in bfloat16, 22 in float16: its y has no room to show if those in bfloat16 do not."""
+    _, _, v, _ = reflect_inputs(1, 71, 17, dtype)
+    name, launches, scratch = triton_reflect._halves(triton_reflect.Rows(1, 71, 17, dtype, v.device))
+    halves = torch.empty(scratch[name][0], dtype=dtype)
+    triton_launch.Launches(v.device, launches, {})(**{name: halves, "v": v})
+    scaled = halves[:2].double().sum(0) / triton_reflect.v_scale(dtype)
+    assert relative(scaled, v.double()) < (2.0**-17 if dtype == torch.bfloat16 else 2.0**-22)
+    assert relative(halves[-2:].view(torch.bfloat16).double().sum(0), v.double()) < 2.0**-17
+
+
 @pytest.mark.parametrize("M", [4_194_241, 2**28])
 @pytest.mark.parametrize("R", [8, 33, 65, 256])
 def test_a_grid_holds_any_number_of_rows(M, R, shipped_tiles, monkeypatch):

@@ -19,8 +19,14 @@ from hra_kernels.backends import tuning
 from tests.triton import machine_code
 from tests.triton import releases as triton_releases
 
-MOST_BARRIERS = {"reflect_kernel": (2, 10), "backward_rows_kernel": (3,), "backward_columns_kernel": (12,)}
-"""In each steady loop on sm_90 at 8192 x 4096, R = 8: counted when the loops were last changed."""
+MOST_BARRIERS = {
+    ("reflect_kernel", 8): (2, 10),
+    ("reflect_kernel", 32): (2, 2),
+    ("backward_rows_kernel", 8): (3,),
+    ("backward_rows_kernel", 32): (2,),
+    ("backward_columns_kernel", 8): (12,),
+}
+"""In each steady loop on sm_90 at 8192 x 4096, by rank: counted when the loops were last changed."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -97,14 +103,16 @@ def test_each_architecture_is_gated_against_its_own_table(monkeypatch):
     assert has_it("sm_90") and not any(has_it(target) for target in machine_code.TARGETS if target != "sm_90")
 
 
-def compiled(kernel: str, target: str = "sm_90", rank: int = 8, **changed: int) -> machine_code.Compiled:
-    """The launch of `kernel` at 8192 x 4096 in bfloat16, with other constants or options where they are given."""
+def compiled(kernel: str, target: str = "sm_90", rank: int = 8, v: str = "", **changed) -> machine_code.Compiled:
+    """The launch of `kernel` at 8192 x 4096 in bfloat16, with another v, constants or options where they are given."""
     call = lambda: machine_code.call_reflect(8192, 4096, rank, machine_code.torch.bfloat16)  # noqa: E731
     launch = next(launch for launch in machine_code.launches_of(call, target) if launch.kernel == kernel)
     constants, options = (
         tuple((name, changed.get(name, value)) for name, value in pairs) for pairs in (launch.constants, launch.options)
     )
-    return machine_code.compile_launch(dataclasses.replace(launch, constants=constants, options=options), target)
+    signature = tuple((name, v if v and name == "v_ptr" else kind) for name, kind in launch.signature)
+    launch = dataclasses.replace(launch, signature=signature, constants=constants, options=options)
+    return machine_code.compile_launch(launch, target)
 
 
 def test_a_pipeline_that_waits_for_all_copies_is_rejected():
@@ -121,7 +129,7 @@ def test_a_second_sweep_that_loads_x_where_it_is_used_is_rejected(monkeypatch, t
     monkeypatch.setattr(machine_code, "triton_kernels", planted)
     wrong = compiled("reflect_kernel")
     assert any("a load that blocks" in problem for problem in wrong.problems())
-    assert wrong.barriers[1] > MOST_BARRIERS["reflect_kernel"][1] >= right.barriers[1]
+    assert wrong.barriers[1] > MOST_BARRIERS["reflect_kernel", 8][1] >= right.barriers[1]
 
 
 def test_v_split_in_the_loop_is_rejected(monkeypatch, tmp_path):
@@ -137,6 +145,14 @@ def test_v_split_in_the_loop_is_rejected(monkeypatch, tmp_path):
     assert splits(compiled("backward_columns_kernel"))[0] > 0
 
 
+@pytest.mark.parametrize("kernel", ["reflect_kernel", "backward_rows_kernel"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_v_split_in_the_sweeps_is_rejected(kernel, target):
+    """Beyond 16 columns: as they are up to 16, from v in float32."""
+    assert not compiled(kernel, target, rank=32).problems()
+    assert "v is split in the loop" in compiled(kernel, target, rank=32, v="*fp32", SPLIT=2).problems()
+
+
 def test_a_product_of_a_transposed_product_is_rejected(monkeypatch, tmp_path):
     """Wrong numbers on Hopper with Triton 3.4.0 to 3.7.0; `pᵀ q` is the other way round because of it."""
     planted = edited("tl.dot(tl.trans(p), q, acc_dm,", "tl.dot(tl.trans(q), p, acc_dm,", tmp_path)
@@ -145,11 +161,11 @@ def test_a_product_of_a_transposed_product_is_rejected(monkeypatch, tmp_path):
     assert compiled("backward_rows_kernel").transposed == 1
 
 
-@pytest.mark.parametrize("kernel", MOST_BARRIERS)
-def test_barriers(kernel):
-    found = compiled(kernel).barriers
-    assert len(found) == len(MOST_BARRIERS[kernel])
-    assert all(count <= most for count, most in zip(found, MOST_BARRIERS[kernel], strict=True)), found
+@pytest.mark.parametrize("kernel, rank", MOST_BARRIERS)
+def test_barriers(kernel, rank):
+    found, most = compiled(kernel, rank=rank).barriers, MOST_BARRIERS[kernel, rank]
+    assert len(found) == len(most)
+    assert all(count <= limit for count, limit in zip(found, most, strict=True)), found
 
 
 def edited(old: str, new: str, directory: Path):

@@ -32,6 +32,7 @@ pytestmark = [
 TRITON = triton_backend.BACKEND
 RANDOM = Case(130, 300, 8)
 STEP = Case(130, 300, 8, "paired_step")
+MANY = Case(130, 140, 17)
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,16 @@ BUGS = [
         "p = tl.max(tl.reshape(p, (BLOCK_M, 2, BLOCK_R // 2)), axis=1)",
         RANDOM,
         torch.bfloat16,
+    ),
+    Bug(
+        "halves overlap",
+        "return v, tl.load(v_ptrs + tl.cast(R, tl.int64) * D,",
+        "return v, tl.load(v_ptrs + tl.cast(R - 1, tl.int64) * D,",
+        MANY,
+        torch.bfloat16,
+    ),
+    Bug(
+        "float16 taken for bfloat16", "halves_ptr + 2 * tl.cast(R,", "halves_ptr + 0 * tl.cast(R,", MANY, torch.float16
     ),
     Bug(
         "dt transposed",
@@ -161,9 +172,14 @@ def test_planted_bug_is_rejected(bug, tmp_path, monkeypatch, record_property):
     assert found
 
 
+NINE, SEVENTEEN = Case(65, 100, 9), Case(65, 100, 17)
 FLOAT32_RESULTS = [
-    Bug("s not scaled for float16", "tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)", "(bits & 0) + (127 << 23)"),
-    Bug("lo of v not multiplied by x, R > 8", "acc = tl.dot(x, tl.trans(lo), acc)", "acc = acc + 0.0"),
+    Bug(
+        "s not scaled for float16", "tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)", "(bits & 0) + (127 << 23)", NINE
+    ),
+    Bug("lo of v not multiplied by x, R > 8", "acc = tl.dot(x, tl.trans(lo), acc)", "acc = acc + 0.0", NINE),
+    Bug("the same, R > 16", "acc = tl.dot(x, tl.trans(lo), acc)", "acc = acc + 0.0", SEVENTEEN),
+    Bug("no lo among the halves", "halves_ptr + size + offs, lo", "halves_ptr + size + offs, 0 * lo", SEVENTEEN),
 ]
 
 
@@ -173,10 +189,10 @@ def test_bug_in_a_float32_result_is_rejected(bug, tmp_path, monkeypatch):
 
     The rule for y and du allows what rounding to float16 costs, behind which these two hide.
     """
-    R = 9
+    M, D, R = bug.case.M, bug.case.D, bug.case.R
     generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(65, 100, generator=generator).half() for _ in range(2))
-    v, t = torch.randn(R, 100, generator=generator) / 10, 1e-9 * torch.randn(R, R, generator=generator)
+    x, dy = (torch.randn(M, D, generator=generator).half() for _ in range(2))
+    v, t = torch.randn(R, D, generator=generator) / 10, 1e-9 * torch.randn(R, R, generator=generator)
     exact_p = reference.reflect_fwd(x.double(), v.double(), t.double())[1]
     exact_dv = reference.reflect_bwd(dy.double(), x.double(), v.double(), t.double(), exact_p)[1]
 
@@ -190,7 +206,7 @@ def test_bug_in_a_float32_result_is_rejected(bug, tmp_path, monkeypatch):
     assert plant(bug, tmp_path, monkeypatch) >= 1
     wrong = error()
     print(f"planted: {bug.name}: relative error {wrong:.1e}, {right:.1e} without")
-    assert right < rounding(100, R) < wrong
+    assert right < rounding(D, R) < wrong
 
 
 WEIGHT_SIDE = [
