@@ -184,7 +184,7 @@ class FactorCache:
             return None
         with _outside_inference_mode():
             values, factor = choose(u.device, u.dtype, u.shape[1], factor=True).copy_and_factor(u, gs)
-        self._entry = (key, [values], [], factor)
+        self._keep(key, [u], [values], factor)
         return factor
 
     def _kept(self, key: tuple, us: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

@@ -102,6 +102,8 @@ def test_clear():
 )
 def test_a_write_while_the_factor_is_computed_is_seen(monkeypatch, name, place, function, before):
     """By another thread, in a server that loads new weights: factor and kept values belong together all the same."""
+    if ops.BACKENDS[name].why_unavailable():
+        pytest.skip(f"backend {name} is not available here")
     layer, x = layer_and_input()
     compute = getattr(place, function)
 

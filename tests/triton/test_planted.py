@@ -187,7 +187,7 @@ FLOAT32_RESULTS = [
 def test_bug_in_a_float32_result_is_rejected(bug, tmp_path, monkeypatch):
     """p and dv of float16 tensors are right to float32, also for a t that makes s smaller than float16 holds.
 
-    The rule for y and du allows what rounding to float16 costs, behind which these two hide.
+    The rule for y and du allows what rounding to float16 costs, behind which these hide.
     """
     M, D, R = bug.case.M, bug.case.D, bug.case.R
     generator = torch.Generator().manual_seed(0)
